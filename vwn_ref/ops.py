@@ -1,0 +1,25 @@
+"""The one seam for speed: what computes `width` and `depth`, chosen once, when a GHC is built.
+
+A set of operations is a module (or namespace) with three functions of the same meaning and arguments as
+
+    vwn_ref.ghc.width(H, A, B)                                       -> x, state
+    vwn_ref.dynamic.dynamic_width(H, A, B, W_α, W_β, S_α, S_β, gain, eps) -> x, state
+    vwn_ref.ghc.depth(z, state)                                      -> H
+
+`state` belongs to the set that made it and is opaque to everything else.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from vwn_ref import dynamic, ghc
+from vwn_ref.config import KERNELS, check_choice
+
+reference = SimpleNamespace(width=ghc.width, dynamic_width=dynamic.dynamic_width, depth=ghc.depth)
+
+
+def select(kernels: str):
+    """The operations that `kernels` names: "reference", "cpu", "triton", or "auto" for the fastest here."""
+    check_choice("kernels", kernels, KERNELS)
+    return reference
