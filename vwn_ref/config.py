@@ -105,8 +105,8 @@ class VWNConfig:
     """ε inside every RMSNorm and GroupNorm."""
     embed_std: float = 0.3
     """Standard deviation of the initial embedding table."""
-    init_std: float = 0.02
-    """Standard deviation of the initial linear weights, scaled by 1/√(2·n_layers) where they write the state."""
+    init_std: float | None = None
+    """Standard deviation of the initial linear weights (None: 1/√fan_in), by 1/√(2·n_layers) where they write."""
     kernels: Literal["auto", "reference", "cpu", "triton"] = "auto"
     """What computes a GHC: "reference" (the readable code), "cpu" or "triton" (fused); "auto" takes the fastest here."""
 
@@ -121,7 +121,8 @@ class VWNConfig:
         for name in ("balance_weight", "mtp_weight"):
             check_float(name, getattr(self, name))
         for name in ("rope_theta", "norm_eps", "embed_std", "init_std"):
-            check_float(name, getattr(self, name), above=True)
+            if not (name == "init_std" and self.init_std is None):
+                check_float(name, getattr(self, name), above=True)
         for name in ("dynamic", "reduce_norm"):
             value = getattr(self, name)
             if not isinstance(value, bool) and not (name == "reduce_norm" and value is None):

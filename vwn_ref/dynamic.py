@@ -29,7 +29,7 @@ def dynamic_matrices(
     W_beta: Float[Tensor, "d m"],
     S_alpha: Float[Tensor, "n k"],
     S_beta: Float[Tensor, "m n"],
-    gain: Float[Tensor, "d"],
+    gain: Float[Tensor, " d"],
     eps: float,
 ) -> tuple[Float[Tensor, "*b n k"], Float[Tensor, "*b m n"]]:
     """𝒜(H′) and ℬ(H′), one pair of matrices a token."""

@@ -1,0 +1,204 @@
+"""Algorithm 1 of arXiv 2511.11238: the Virtual Width Transformer, and the plain one from the same code.
+
+Line by line: H′⁰ = Reshape(e); for each sublayer H′ˡ = Bᵀ Tˡ(Åᵀ H′ˡ⁻¹) + Âᵀ H′ˡ⁻¹; h = Linear(GroupNorm(H′ᴸ));
+y = Unembedding(Norm(h)). The algorithm also lists a matrix R ∈ R^{n×m} that it never uses; there is none here.
+
+With m = n = None the state has one slot, D wide, the connection is the plain residual and reduce only drops the
+slot axis. Each part draws its initial weights from a stream of its own, so one seed gives both the same backbone.
+
+Not included: dropout, biases, weight tying, key-value cache.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from vwn_ref.backbone import MoE, Residual, at_least_float32, sublayers, unembedding
+from vwn_ref.config import VWNConfig, check_int
+from vwn_ref.dynamic import DynamicGHC
+from vwn_ref.embedding import OverWidthEmbedding
+from vwn_ref.ghc import GHC
+from vwn_ref.mtp import MTPHead
+from vwn_ref.reduce import Reduce
+
+
+class Losses(NamedTuple):
+    """Scalars, in nats a token. total = next + mtp_weight · next2 + balance_weight · balance."""
+
+    total: Tensor
+    next: Tensor  # cross-entropy of token i+1
+    next2: Tensor  # cross-entropy of token i+2 by the MTP head; 0 without one
+    balance: Tensor  # MoE load balance, mean over the layers; 0 without experts
+
+
+class VWNTransformer(nn.Module):
+    """Tokens [b, t] -> logits [b, t, vocab_size].
+
+    >>> cfg = VWNConfig(vocab_size=1024, dim=64, n_layers=4, n_heads=4, m=4, n=8)
+    >>> model = VWNTransformer(cfg)
+    >>> model(torch.zeros(2, 5, dtype=torch.long)).shape
+    torch.Size([2, 5, 1024])
+    """
+
+    def __init__(self, cfg: VWNConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        seed = int(torch.randint(2**62, ()))
+        with stream(seed, "embedding"):
+            m, n = (1, 1) if cfg.m is None or cfg.n is None else (cfg.m, cfg.n)
+            self.embedding = OverWidthEmbedding(
+                cfg.vocab_size, cfg.dim, m, n, cfg.embed_rank, ngram_buckets=cfg.ngram_buckets, std=cfg.embed_std
+            )
+        with stream(seed, "backbone"):
+            self.sublayers = nn.ModuleList(sublayers(cfg, cfg.n_layers))
+        self.connections = connections(cfg, cfg.n_sublayers)
+        with stream(seed, "reduce"):
+            self.reduce = reduce(cfg)
+        self.norm = nn.RMSNorm(cfg.dim, eps=cfg.norm_eps)
+        with stream(seed, "unembedding"):
+            self.unembedding = unembedding(cfg)
+        with stream(seed, "mtp"):
+            self.mtp = MTPHead(cfg, connections, reduce) if cfg.mtp_layers else None
+
+    def states(self, tokens: Int[Tensor, "b t"]) -> Iterator[Float[Tensor, "b t n d"]]:
+        """H′⁰, H′¹, …, H′ᴸ, each [b, t, n, d_b] ([b, t, 1, D] for the plain model).
+
+        Raises ValueError where the sequence is longer than `max_seq_len`; see also `OverWidthEmbedding`.
+        """
+        if tokens.ndim != 2 or tokens.shape[1] > self.cfg.max_seq_len:
+            raise ValueError(
+                f"tokens have shape {tuple(tokens.shape)}: must be [b, t] with t ≤ max_seq_len = {self.cfg.max_seq_len}"
+            )
+        H = self.embedding(tokens)
+        yield H
+        for connection, layer in zip(self.connections, self.sublayers, strict=True):
+            H = connection(H, layer)  # Eq. (10)
+            yield H
+
+    def forward(self, tokens: Int[Tensor, "b t"]) -> Float[Tensor, "b t v"]:
+        """Tokens [b, t] -> logits [b, t, vocab_size]; position i predicts token i+1."""
+        return self._logits(self._last_state(tokens))
+
+    def loss(self, tokens: Int[Tensor, "b t"]) -> Losses:
+        """Training losses of windows of t ≥ 2 tokens (≥ 3 with MTP): each token but the first is a target.
+
+        The next-2-token loss, where there is an MTP head, covers the targets that have two tokens before them.
+        Raises ValueError for a window too short to have a target.
+        """
+        shortest = 3 if self.mtp else 2
+        if tokens.ndim != 2 or tokens.shape[0] == 0 or tokens.shape[1] < shortest:
+            raise ValueError(
+                f"tokens have shape {tuple(tokens.shape)}: must be [b, t] with b ≥ 1 and t ≥ {shortest}, "
+                "the last token is only a target"
+            )
+        H = self._last_state(tokens[:, :-1])
+        loss_next = cross_entropy(self._logits(H), tokens[:, 1:])
+        zero = loss_next.new_zeros(())
+        loss_next2 = zero
+        if self.mtp is not None:
+            # the embedding of token i+1 is computed with all tokens before it in view, for the sake of n-grams
+            E = self.embedding(tokens[:, :-1])
+            h = self.mtp(H[:, :-1], E[:, 1:])  # position i: state of i, token i+1
+            loss_next2 = cross_entropy(self.unembedding(h), tokens[:, 2:])
+        routers = [layer.balance_loss for layer in self.modules() if isinstance(layer, MoE)]
+        balance = torch.stack(routers).mean() if routers else zero
+        total = loss_next + self.cfg.mtp_weight * loss_next2 + self.cfg.balance_weight * balance
+        return Losses(total, loss_next, loss_next2, balance)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        tokens: Int[Tensor, "b t"],
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Int[Tensor, "b t2"]:
+        """Continue `tokens` [b, t ≥ 1] by sampling -> [b, t + max_new_tokens].
+
+        temperature 0 takes the likeliest token; top_k keeps that many candidates. Past `max_seq_len` tokens the
+        oldest are out of view. Raises ValueError for a bad argument.
+        """
+        check_int("max_new_tokens", max_new_tokens, least=0)
+        if not 0 <= temperature < float("inf"):
+            raise ValueError(f"temperature = {temperature!r}: must be a finite number ≥ 0")
+        if top_k is not None:
+            check_int("top_k", top_k)
+        if tokens.ndim != 2 or tokens.shape[1] == 0:
+            raise ValueError(f"tokens have shape {tuple(tokens.shape)}: must be [b, t] with t ≥ 1 to continue")
+        training = self.training
+        self.eval()
+        for _ in range(max_new_tokens):
+            last = self._last_state(tokens[:, -self.cfg.max_seq_len :])[:, -1:]
+            logits = at_least_float32(self._logits(last)[:, -1])
+            if temperature == 0:
+                choice = logits.argmax(dim=-1, keepdim=True)
+            else:
+                if top_k is not None:
+                    worst = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+                    logits = logits.masked_fill(logits < worst, float("-inf"))
+                choice = torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator)
+            tokens = torch.cat([tokens, choice.to(tokens.dtype)], dim=1)
+        self.train(training)
+        return tokens
+
+    def parameter_groups(self, weight_decay: float, *, decay_static: bool = False) -> list[dict]:
+        """Two groups for an optimizer: weight decay on matrices, none on norm gains and, after §3.3, static A and B.
+
+        The dynamic part, W and S, is decayed. `decay_static` decays A and B as well, to see what it does.
+        """
+        static = {id(p) for ghc in self.modules() if isinstance(ghc, GHC) and not decay_static for p in (ghc.A, ghc.B)}
+        decayed, exempt = [], []
+        for p in self.parameters():
+            (exempt if id(p) in static or p.ndim < 2 else decayed).append(p)
+        return [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
+
+    def _last_state(self, tokens: Tensor) -> Tensor:
+        for H in self.states(tokens):  # noqa: B007 - only the last is wanted
+            pass
+        return H
+
+    def _logits(self, H: Tensor) -> Tensor:
+        return self.unembedding(self.norm(self.reduce(H)))
+
+
+def connections(cfg: VWNConfig, count: int) -> nn.ModuleList:
+    """One connection a sublayer: GHC, dynamic or static, or the plain residual."""
+
+    def build() -> nn.Module:
+        if cfg.m is None or cfg.n is None:
+            return Residual()
+        if cfg.dynamic:
+            return DynamicGHC(cfg.dim, cfg.m, cfg.n, eps=cfg.norm_eps, kernels=cfg.kernels)
+        return GHC(cfg.dim, cfg.m, cfg.n, kernels=cfg.kernels)
+
+    return nn.ModuleList(build() for _ in range(count))
+
+
+def reduce(cfg: VWNConfig) -> nn.Module:
+    """Eq. (4); for the plain model only the slot axis goes."""
+    if cfg.m is None or cfg.n is None:
+        return nn.Flatten(-2)
+    return Reduce(cfg.dim, cfg.m, cfg.n, norm=cfg.reduce_norm, init=cfg.reduce_init, eps=cfg.norm_eps)
+
+
+def cross_entropy(logits: Float[Tensor, "b t v"], targets: Int[Tensor, "b t"]) -> Float[Tensor, ""]:
+    """Mean over all positions, in nats, summed in at least float32."""
+    return F.cross_entropy(at_least_float32(logits).flatten(0, 1), targets.flatten().long())
+
+
+@contextmanager
+def stream(seed: int, name: str) -> Iterator[None]:
+    """Draw from a random stream that only `seed` and `name` fix; the global one is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed((seed + zlib.crc32(name.encode())) % 2**63)
+        yield

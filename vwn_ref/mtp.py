@@ -1,0 +1,79 @@
+"""Multi-token prediction with a block-level linear: §3.4 of arXiv 2511.11238.
+
+The head at position i knows the over-width state of position i and the over-width embedding of token i+1, mixes the
+two slot by slot, runs VWN sublayers of its own on the result and predicts token i+2 through the shared unembedding.
+
+| paper                     | here          | shape                                                  |
+|---------------------------|---------------|--------------------------------------------------------|
+| h′ᴸ at position i         | `H`           | [..., n, d_b]                                          |
+| e of token i+1            | `E`           | [..., n, d_b]                                          |
+| the linear 2D/m → D/m     | `BlockLinear` | [d_b, 2 d_b], one for all n slots; dense would be rD × 2rD |
+
+The paper gives neither norms before the linear nor a loss weight. Following the model it cites (DeepSeek-V3) both inputs
+are RMS-normalised, here over each slot as in Eq. (12), and the head has a reduce and a final norm of its own.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vwn_ref.backbone import sublayers
+from vwn_ref.config import VWNConfig, check_int
+
+
+class BlockLinear(nn.Module):
+    """One linear 2D/m → D/m that every slot shares: two [..., n, d_b] -> [..., n, d_b].
+
+    Costs 4 n d_b² FLOPs a token = 4 r D²/m, against 4 r² D² for the dense 2rD → rD.
+    At m = 1, n = 1 it is the dense linear of the plain model's head.
+
+    >>> mix = BlockLinear(dim=8, m=2)
+    >>> mix(torch.randn(5, 3, 4), torch.randn(5, 3, 4)).shape, sum(p.numel() for p in mix.parameters())
+    (torch.Size([5, 3, 4]), 32)
+    """
+
+    def __init__(self, dim: int, m: int) -> None:
+        super().__init__()
+        check_int("dim", dim)
+        check_int("m", m)
+        if dim % m:
+            raise ValueError(f"m = {m}: must divide dim = {dim}, so that a segment is dim/m wide")
+        self.slot_width = dim // m
+        self.linear = nn.Linear(2 * self.slot_width, self.slot_width, bias=False)
+        nn.init.normal_(self.linear.weight, std=(2 * self.slot_width) ** -0.5)
+
+    def forward(self, H: Float[Tensor, "*b n d"], E: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b n d"]:
+        """Raises ValueError where H and E differ in shape or are not slots d_b wide."""
+        if H.shape != E.shape or H.shape[-1] != self.slot_width:
+            raise ValueError(
+                f"H and E have shapes {tuple(H.shape)} and {tuple(E.shape)}: both must be "
+                f"[..., n, d_b] with d_b = {self.slot_width}"
+            )
+        return self.linear(torch.cat([H, E], dim=-1))
+
+
+class MTPHead(nn.Module):
+    """Over-width state of position i and embedding of token i+1 -> the D-wide vector that predicts token i+2.
+
+    H, E [b, t, n, d_b] -> [b, t, D]. Attention inside is causal over the t positions.
+
+    Args: cfg: with `mtp_layers` ≥ 1; connections, reduce: builders shared with the backbone (see `vwn_ref.model`).
+    """
+
+    def __init__(self, cfg: VWNConfig, connections, reduce) -> None:
+        super().__init__()
+        self.state_norm = nn.RMSNorm(cfg.slot_width, eps=cfg.norm_eps)
+        self.token_norm = nn.RMSNorm(cfg.slot_width, eps=cfg.norm_eps)
+        self.mix = BlockLinear(cfg.dim, cfg.m or 1)
+        self.sublayers = nn.ModuleList(sublayers(cfg, cfg.mtp_layers))
+        self.connections = connections(cfg, len(self.sublayers))
+        self.reduce = reduce(cfg)
+        self.norm = nn.RMSNorm(cfg.dim, eps=cfg.norm_eps)
+
+    def forward(self, H: Float[Tensor, "b t n d"], E: Float[Tensor, "b t n d"]) -> Float[Tensor, "b t D"]:
+        H = self.mix(self.state_norm(H), self.token_norm(E))
+        for connection, layer in zip(self.connections, self.sublayers, strict=True):
+            H = connection(H, layer)
+        return self.norm(self.reduce(H))
