@@ -1,0 +1,271 @@
+"""Static GHC, Eqs. (9), (10), (15), (16), against the loops of `oracle.py`."""
+
+from __future__ import annotations
+
+import oracle
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from vwn_ref.dynamic import DynamicGHC
+from vwn_ref.ghc import GHC, routing_matrix
+
+SIZES = [(1, 1), (1, 4), (2, 3), (3, 5), (4, 4), (4, 8), (5, 7), (8, 64)]
+LEADS = [(), (3,), (2, 5), (2, 1, 3), (0,), (1,), (2, 0), (1, 1)]
+KERNELS = ["reference", "auto"]
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def randomised(module: GHC, dtype=torch.float64) -> GHC:
+    """Every parameter replaced by random numbers: at the initial values half of the equations do nothing."""
+    module = module.to(dtype)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_()
+    return module
+
+
+def inputs(module: GHC, lead=(2,), dtype=torch.float64):
+    H = 0.7 * torch.randn(*lead, module.n, module.slot_width, dtype=dtype)
+    return H, torch.randn(*lead, module.dim, dtype=dtype)
+
+
+def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Largest difference, relative to the largest wanted number."""
+    assert found.shape == wanted.shape
+    if wanted.numel() == 0:
+        return 0.0
+    return ((found - wanted).abs().max() / wanted.abs().max()).item()
+
+
+def check_against_oracle(module: GHC, lead=(2,), tolerance=1e-13) -> None:
+    """x, A, B and the next H′ of `module` equal those of the loops, at its present parameters."""
+    H, z = inputs(module, lead, module.A.dtype)
+    want_x, want_A, want_B, want_H = oracle.run(module, H, z)
+    seen = []
+
+    def layer(x):
+        seen.append(x)
+        return z
+
+    with torch.no_grad():
+        A, B = module.matrices(H)
+        x, state = module.width(H)
+        found_H = module.depth(z, state)
+        whole = module(H, layer)
+    found = {"x": (x, want_x), "A": (A, want_A), "B": (B, want_B), "H": (found_H, want_H)}
+    found |= {"x that the layer sees": (seen[0], want_x), "H of forward": (whole, want_H)}
+    for name, (value, wanted) in found.items():
+        assert value.dtype == module.A.dtype
+        assert error(value, wanted) <= tolerance, f"{name} differs from the oracle by {error(value, wanted):.2e}"
+
+
+def check_initial(module: GHC) -> None:
+    """Eqs. (15) and (16), entry by entry."""
+    assert module.A.tolist() == oracle.initial_A(module.m, module.n)
+    assert module.B.tolist() == oracle.initial_B(module.m, module.n)
+
+
+# ------------------------------------------------------------------------------------------- Eq. (10)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize(("m", "n"), SIZES)
+@pytest.mark.parametrize("slot_width", [1, 3])
+def test_equals_the_loops(m, n, slot_width, kernels):
+    check_against_oracle(randomised(GHC(m * slot_width, m, n, kernels=kernels)))
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("lead", LEADS)
+def test_any_leading_shape(lead, kernels):
+    check_against_oracle(randomised(GHC(10, 2, 3, kernels=kernels)), lead)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize(("m", "n"), SIZES)
+def test_float32_is_the_float64_result_rounded(m, n, kernels):
+    check_against_oracle(randomised(GHC(m * 4, m, n, kernels=kernels), torch.float32), (5,), tolerance=2e-6)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_a_state_that_is_not_contiguous(kernels):
+    module = randomised(GHC(10, 2, 3, kernels=kernels))
+    H, z = inputs(module, (4,))
+    turned = H.mT.contiguous().mT
+    assert not turned.is_contiguous()
+    assert torch.equal(module(turned, lambda x: z), module(H, lambda x: z))
+
+
+def forward_as_function(module: GHC):
+    """(H, z, *parameters) -> (x, next H), a function of tensors alone for gradcheck and autograd."""
+    names = [name for name, _ in module.named_parameters()]
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = module
+
+        def forward(self, H, z):
+            x, state = self.inner.width(H)
+            return x, self.inner.depth(z, state)
+
+    both = Both()
+
+    def function(H, z, *parameters):
+        return functional_call(both, {f"inner.{k}": v for k, v in zip(names, parameters, strict=True)}, (H, z))
+
+    return function, names
+
+
+def leaves(module: GHC, lead):
+    return [t.detach().clone().requires_grad_() for t in (*inputs(module, lead), *module.parameters())]
+
+
+def check_gradients_against_oracle(module: GHC, lead=(2,), tolerance=1e-13) -> None:
+    """Gradients for H, z and every parameter equal those of autograd through the loops."""
+    function, names = forward_as_function(module)
+    own = leaves(module, lead)
+    theirs = [t.detach().clone().requires_grad_() for t in own]
+    x, H = function(*own)
+    replaced = {k.replace("norm.weight", "gain"): v for k, v in zip(names, theirs[2:], strict=True)}
+    want_x, _, _, want_H = oracle.run(module, theirs[0], theirs[1], differentiable=True, **replaced)
+    weights = [torch.randn_like(x), torch.randn_like(H)]
+    found = torch.autograd.grad([x, H], own, weights)
+    wanted = torch.autograd.grad([want_x, want_H], theirs, weights)
+    for name, g, w in zip(["H", "z", *names], found, wanted, strict=True):
+        assert w.abs().max() > 0, f"the gradient for {name} is zero: the test would show nothing"
+        assert error(g, w) <= tolerance, f"gradient for {name} differs by {error(g, w):.2e}"
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize(("m", "n"), [(1, 1), (1, 4), (2, 3), (3, 5), (4, 4)])
+def test_gradcheck(m, n, kernels):
+    module = randomised(GHC(m * 2, m, n, kernels=kernels))
+    function, _ = forward_as_function(module)
+    assert torch.autograd.gradcheck(function, leaves(module, (2,)))
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize(("m", "n"), SIZES)
+def test_gradients_equal_those_of_the_loops(m, n, kernels):
+    lead, slot_width = ((1,), 1) if n > 8 else ((2,), 3)
+    check_gradients_against_oracle(randomised(GHC(m * slot_width, m, n, kernels=kernels)), lead)
+
+
+# ------------------------------------------------------------------------------------ Eqs. (15), (16)
+
+
+@pytest.mark.parametrize("cls", [GHC, DynamicGHC])
+@pytest.mark.parametrize(("m", "n"), SIZES)
+def test_initial_matrices(cls, m, n):
+    check_initial(cls(m * 2, m, n))
+
+
+def test_initial_matrices_by_hand():
+    module = GHC(4, m=2, n=3)
+    assert module.A.tolist() == [[1, 0, 1, 0, 0], [0, 1, 0, 1, 0], [0, 0, 0, 0, 1]]
+    assert module.B.tolist() == [[1, 0, 1], [0, 1, 0]]
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("cls", [GHC, DynamicGHC])
+@pytest.mark.parametrize(("m", "n"), SIZES)
+def test_at_first_slot_j_receives_segment_j_mod_m(cls, m, n, kernels):
+    module = cls(m * 3, m, n, kernels=kernels)
+    H, z = inputs(module, (2, 3), torch.float32)
+    x, state = module.width(H)
+    assert torch.equal(x, H[..., :m, :].flatten(-2))
+    new = module.depth(z, state)
+    for j in range(n):
+        i = j % m
+        assert torch.equal(new[..., j, :], H[..., j, :] + z[..., 3 * i : 3 * i + 3])
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("cls", [GHC, DynamicGHC])
+@pytest.mark.parametrize(("m", "n"), SIZES)
+def test_at_first_m_slots_are_exactly_a_residual_stack(cls, m, n, kernels):
+    dim, depth = m * 4, 5
+    layers = [nn.Sequential(nn.RMSNorm(dim), nn.Linear(dim, dim), nn.GELU()) for _ in range(depth)]
+    H = torch.randn(2, 3, n, 4)
+    h = H[..., :m, :].flatten(-2)
+    for layer in layers:
+        H = cls(dim, m, n, kernels=kernels)(H, layer)
+        h = h + layer(h)
+    assert torch.equal(H[..., :m, :].flatten(-2), h)
+
+
+# -------------------------------------------------------------------------------------------- Eq. (9)
+
+
+def test_routing_matrix():
+    A = torch.arange(10.0).reshape(2, 5)[:, :3]
+    B = torch.tensor([[7.0, 8.0]])
+    assert routing_matrix(A, B).tolist() == [[0, 7, 8], [0, 1, 2], [5, 6, 7]]
+
+
+def test_routing_matrix_has_a_leading_shape_and_m_plus_n_rows():
+    module = randomised(DynamicGHC(8, 2, 3))
+    R = routing_matrix(*module.matrices(inputs(module, (4, 5))[0]))
+    assert R.shape == (4, 5, 5, 5)
+    assert not R[..., :2, :2].any()
+
+
+# ----------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("cls", [GHC, DynamicGHC])
+@pytest.mark.parametrize(
+    ("dim", "m", "n", "message"),
+    [
+        (8, 2, 1, "n = 1: must be ≥ m = 2"),
+        (8, 3, 4, "m = 3: must divide dim = 8"),
+        (8, 0, 4, "m = 0: must be an integer ≥ 1"),
+        (0, 1, 1, "dim = 0: must be an integer ≥ 1"),
+    ],
+)
+def test_refuses_wrong_sizes(cls, dim, m, n, message):
+    with pytest.raises(ValueError) as raised:
+        cls(dim, m, n)
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("cls", [GHC, DynamicGHC])
+@pytest.mark.parametrize("shape", [(2, 3, 5), (2, 4, 4), (4,), (3, 4, 1), (12,), (2, 4, 3)])
+def test_refuses_a_state_of_the_wrong_shape(cls, shape, kernels):
+    module = cls(8, 2, 3, kernels=kernels)
+    if len(shape) == 1:
+        shape = (1, *shape)
+    for method in (module.width, module.matrices):
+        with pytest.raises(ValueError, match=r"must be \[\.\.\., n, d_b\] = \[\.\.\., 3, 4\]") as raised:
+            method(torch.zeros(shape))
+        assert str(shape) in str(raised.value)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("cls", [GHC, DynamicGHC])
+def test_refuses_a_state_of_another_dtype(cls, kernels):
+    module = cls(8, 2, 3, kernels=kernels)
+    for method in (module.width, module.matrices):
+        with pytest.raises(TypeError, match=r"H has dtype torch.float64: must be torch.float32"):
+            method(torch.zeros(2, 3, 4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_refuses_a_sublayer_output_of_the_wrong_width(kernels):
+    module = GHC(8, 2, 3, kernels=kernels)
+    _, state = module.width(torch.zeros(2, 3, 4))
+    with pytest.raises(ValueError, match=r"z has shape \(2, 6\): must be \[\.\.\., 8\]"):
+        module.depth(torch.zeros(2, 6), state)
+
+
+def test_refuses_unknown_kernels():
+    with pytest.raises(ValueError, match="kernels = 'fast': must be one of 'auto', 'reference'"):
+        GHC(8, 2, 3, kernels="fast")
