@@ -108,7 +108,7 @@ class VWNConfig:
     init_std: float | None = None
     """Standard deviation of the initial linear weights (None: 1/√fan_in), by 1/√(2·n_layers) where they write."""
     kernels: Literal["auto", "reference", "cpu", "triton"] = "auto"
-    """What computes a GHC: "reference" (the readable code), "cpu" or "triton" (fused); "auto" takes the fastest here."""
+    """What computes a GHC: "reference" (the readable code), "cpu" or "triton" (fused), "auto" (fastest here)."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "dim", "n_layers", "n_heads", "top_k", "max_seq_len"):

@@ -26,7 +26,7 @@ from vwn_ref.config import check_widths
 State = tuple[Tensor, ...]  # what depth() needs of width(): (B, carried) here, opaque in the fused kernels
 
 
-def initial_A(m: int, n: int) -> Float[Tensor, "n m+n"]:
+def initial_A(m: int, n: int) -> Float[Tensor, "n k"]:
     """Eq. (16): Å = the first m columns of I_n, Â = I_n. Slots 1 … m are read, every slot is carried."""
     identity = torch.eye(n)
     return torch.cat([identity[:, :m], identity], dim=1)

@@ -9,7 +9,7 @@ two slot by slot, runs VWN sublayers of its own on the result and predicts token
 | e of token i+1            | `E`           | [..., n, d_b]                                          |
 | the linear 2D/m → D/m     | `BlockLinear` | [d_b, 2 d_b], one for all n slots; dense would be rD × 2rD |
 
-The paper gives neither norms before the linear nor a loss weight. Following the model it cites (DeepSeek-V3) both inputs
+The paper gives neither norms before the linear nor a loss weight. As in the model it cites (DeepSeek-V3) both inputs
 are RMS-normalised, here over each slot as in Eq. (12), and the head has a reduce and a final norm of its own.
 """
 

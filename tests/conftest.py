@@ -1,0 +1,39 @@
+"""Shared by all tests: one thread a worker, shapes checked, a seed, and what nbval does not compare."""
+
+import os
+from pathlib import Path
+
+# Before torch is imported, and inherited by the notebooks' kernels: two workers with two threads each on two cores
+# only wait for each other, and with one thread a sum is taken in the same order everywhere.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+from jaxtyping import install_import_hook
+
+PACKAGE = Path(__file__).resolve().parents[1] / "vwn_ref"
+
+# Every annotated function of vwn_ref checks the shapes and types of its arguments and results while under test.
+# Module by module, because `--jaxtyping-packages=vwn_ref` would take vwn_ref.kernels as well: there the hook wraps what
+# stands under @triton.jit, and Triton then looks up the kernel's globals in jaxtyping.
+install_import_hook(
+    [f"vwn_ref.{file.stem}" for file in PACKAGE.glob("*.py") if file.stem != "__init__"] + ["vwn_ref.experiments"],
+    "beartype.beartype",
+)
+
+import torch
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """Every test starts from the same random state, whichever ran before it."""
+    torch.manual_seed(0)
+
+
+def pytest_configure():
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def pytest_collection_modifyitems(items):
+    """nbval ignores PNG. A warning on stderr that another machine gives, and SVG, are not compared either."""
+    for file in {item.parent for item in items if hasattr(item.parent, "skip_compare")}:
+        file.skip_compare += ("stderr", "image/svg+xml")

@@ -1,0 +1,217 @@
+"""Algorithm 1 as a whole."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from vwn_ref import GHC, VWNConfig, VWNTransformer
+
+SMALL = dict(vocab_size=50, dim=16, n_layers=3, n_heads=2)
+SIZES = [(1, 1), (1, 4), (2, 3), (4, 4), (4, 8), (8, 24)]
+
+
+def build(seed=0, dtype=torch.float64, **kwargs):
+    torch.manual_seed(seed)
+    return VWNTransformer(VWNConfig(**{**SMALL, **kwargs})).to(dtype)
+
+
+def randomise(model, scale=0.3):
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(scale * torch.randn_like(p))
+    return model
+
+
+@pytest.mark.parametrize("kernels", ["reference", "auto"])
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("extra", [{}, {"n_experts": 4, "top_k": 2}, {"embed_rank": 16}, {"ngram_buckets": 31}])
+@pytest.mark.parametrize("m, n", SIZES)
+def test_first_m_slots_are_the_plain_transformer(m, n, dynamic, extra, kernels):
+    """Exactly, at every layer: (15) and (16) mix nothing, and the backbone weights are the same."""
+    plain = build(**{k: v for k, v in extra.items() if k != "embed_rank"})
+    wide = build(m=m, n=n, dynamic=dynamic, kernels=kernels, **extra)
+    tokens = torch.randint(0, 50, (2, 9))
+    states = list(zip(plain.states(tokens), wide.states(tokens), strict=True))
+    assert len(states) == 7
+    for plain_state, wide_state in states:
+        assert torch.equal(wide_state[..., :m, :].flatten(-2), plain_state.flatten(-2))
+
+
+def test_all_other_slots_follow_the_same_updates():
+    """At the start slot j takes what segment j mod m takes, on top of its own embedding."""
+    model = build(m=2, n=5)
+    first, *_, last = model.states(torch.randint(0, 50, (2, 9)))
+    for j in range(5):
+        torch.testing.assert_close((last - first)[..., j, :], (last - first)[..., j % 2, :], rtol=1e-12, atol=1e-12)
+
+
+def test_with_reduce_first_and_no_norm_the_logits_are_the_plain_ones():
+    tokens = torch.randint(0, 50, (2, 9))
+    wide = build(m=4, n=8, reduce_init="first", reduce_norm=False)
+    assert torch.equal(wide(tokens), build()(tokens))
+
+
+def test_trained_alike_means_different():
+    """The identity is a property of the start: away from it the models part."""
+    tokens = torch.randint(0, 50, (2, 9))
+    plain, wide = build(), build(m=2, n=4)
+    for ghc in wide.connections:
+        randomise(ghc)
+    *_, plain_last = plain.states(tokens)
+    *_, wide_last = wide.states(tokens)
+    assert (wide_last[..., :2, :].flatten(-2) - plain_last.flatten(-2)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("m, n", [(None, None), (2, 3), (4, 8)])
+def test_causal(m, n):
+    model = randomise(build(m=m, n=n, ngram_buckets=31))
+    tokens = torch.randint(0, 49, (1, 9))
+    base = model(tokens)[0]
+    for changed in range(9):
+        other = tokens.clone()
+        other[0, changed] += 1
+        differs = (model(other)[0] - base).abs().amax(-1) > 1e-9
+        assert differs.tolist() == [i >= changed for i in range(9)]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
+@pytest.mark.parametrize("m, n", [(None, None), (2, 3), (4, 8)])
+def test_dtypes(m, n, dtype, tolerance):
+    """bf16 has 8 bits: an error of a few 2⁻⁸ of the logits' size after 3 blocks."""
+    exact = randomise(build(m=m, n=n, mtp_layers=1), 0.1)
+    low = build(m=m, n=n, mtp_layers=1, dtype=dtype)
+    low.load_state_dict(exact.state_dict())
+    tokens = torch.randint(0, 50, (2, 9))
+    error = (low(tokens).double() - exact(tokens)).norm() / exact(tokens).norm()
+    assert 0 < error < tolerance
+    low.loss(tokens).total.backward()
+    assert all(p.grad.isfinite().all() for p in low.parameters())
+
+
+def test_same_seed_same_model_and_the_global_stream_moves_alike():
+    """Plain and wide use up the same global random numbers, so what is drawn after them agrees too."""
+    models, after = [], []
+    for kwargs in (dict(m=2, n=4), dict(m=2, n=4), {}):
+        models.append(build(seed=5, **kwargs).state_dict())
+        after.append(torch.rand(3))
+    assert all(torch.equal(models[0][k], models[1][k]) for k in models[0])
+    assert torch.equal(after[0], after[1]) and torch.equal(after[0], after[2])
+    other = build(seed=6, m=2, n=4).state_dict()
+    assert not torch.equal(models[0]["embedding.table"], other["embedding.table"])
+
+
+def test_weight_decay_rule():
+    model = build(m=2, n=4, n_experts=2, mtp_layers=1)
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed, exempt = ({names[id(p)] for p in g["params"]} for g in model.parameter_groups(0.1))
+    assert decayed | exempt == set(names.values()) and not decayed & exempt
+    for name in names.values():
+        last = name.rsplit(".")[-1]
+        static_or_gain = last in ("A", "B", "bias") or ("norm" in name and last == "weight")
+        assert (name in exempt) == static_or_gain, name
+    assert [g["weight_decay"] for g in model.parameter_groups(0.1)] == [0.1, 0.0]
+    assert any(
+        "connections" in names[id(p)] and names[id(p)].endswith("W_beta")
+        for p in model.parameter_groups(0.1)[0]["params"]
+    )
+    with_static = model.parameter_groups(0.1, decay_static=True)[0]["params"]
+    assert {names[id(p)] for p in with_static} - decayed == {n for n in names.values() if n.split(".")[-1] in "AB"}
+
+
+def test_generate():
+    model = randomise(build(m=2, n=4, max_seq_len=12)).train()
+    start = torch.randint(0, 50, (2, 3))
+    greedy = model.generate(start, 4, temperature=0.0)
+    assert greedy.shape == (2, 7) and torch.equal(greedy[:, :3], start) and model.training
+    assert torch.equal(greedy[:, -1], model(greedy[:, :-1])[:, -1].argmax(-1))
+    assert torch.equal(greedy, model.generate(start, 4, top_k=1))
+    draw = [model.generate(start, 20, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
+    assert torch.equal(draw[0], draw[1]) and not torch.equal(draw[0], draw[2])
+    assert draw[0].shape == (2, 23)  # past max_seq_len
+    many = model.generate(start[:1].repeat(400, 1), 1, top_k=3)[:, -1]
+    assert set(many.tolist()) <= set(model(start[:1])[0, -1].topk(3).indices.tolist())
+
+
+@pytest.mark.parametrize(
+    "call, match",
+    [
+        (lambda m: m.generate(torch.zeros(1, 2, dtype=torch.long), 1, temperature=-1.0), "temperature = -1.0"),
+        (lambda m: m.generate(torch.zeros(1, 2, dtype=torch.long), 1, top_k=0), "top_k = 0"),
+        (lambda m: m.generate(torch.zeros(1, 2, dtype=torch.long), -1), "max_new_tokens = -1"),
+        (lambda m: m.generate(torch.zeros(1, 0, dtype=torch.long), 1), "t ≥ 1"),
+        (lambda m: m(torch.zeros(1, 1025, dtype=torch.long)), "max_seq_len = 1024"),
+        (lambda m: m.loss(torch.zeros(1, 1, dtype=torch.long)), "t ≥ 2"),
+        (lambda m: m.loss(torch.zeros(0, 5, dtype=torch.long)), "b ≥ 1"),
+    ],
+)
+def test_bad_calls(call, match):
+    with pytest.raises(ValueError, match=match):
+        call(build(m=2, n=3))
+
+
+def test_token_out_of_range():
+    with pytest.raises(IndexError, match="id 50: must be in 0 … 49"):
+        build(m=2, n=3)(torch.tensor([[1, 50]]))
+
+
+def test_wrong_dtype_between_state_and_parameters():
+    model = build(m=2, n=3)
+    model.connections[0].float()
+    with pytest.raises(TypeError, match=r"H has dtype torch\.float64: must be torch\.float32"):
+        model(torch.zeros(1, 2, dtype=torch.long))
+
+
+@pytest.mark.parametrize("tokens_shape", [(1, 1), (0, 4), (2, 0)])
+def test_one_token_and_none(tokens_shape):
+    for m, n in [(None, None), (2, 3), (4, 8)]:
+        for extra in ({}, {"n_experts": 2}):
+            logits = build(m=m, n=n, **extra)(torch.zeros(tokens_shape, dtype=torch.long))
+            assert logits.shape == (*tokens_shape, 50) and logits.isfinite().all()
+
+
+def test_every_parameter_has_a_gradient():
+    """After one step away from the start, where W = 0 hides nothing."""
+    model = randomise(build(m=2, n=4, mtp_layers=1, n_experts=2, ngram_buckets=31))
+    model.loss(torch.randint(0, 50, (4, 12))).total.backward()
+    assert {n for n, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0} == set()
+
+
+COMPILE = """
+import torch
+from vwn_ref import VWNConfig, VWNTransformer
+torch.manual_seed(0)
+tokens = torch.randint(0, 50, (2, 9))
+for kernels in ("reference", "auto"):
+    for m, n, experts in [(None, None, 0), (2, 3, 0), (2, 4, 3)]:
+        cfg = VWNConfig(vocab_size=50, dim=16, n_layers=1, n_heads=2, m=m, n=n, mtp_layers=1, n_experts=experts,
+                        ngram_buckets=31, kernels=kernels)
+        model = VWNTransformer(cfg).double()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.3 * torch.randn_like(p))
+        eager = model.loss(tokens).total
+        weights = list(model.parameters())
+        gradients = torch.autograd.grad(eager, weights)
+        compiled = torch.compile(model.loss, fullgraph=True, backend=BACKEND)(tokens).total
+        torch.testing.assert_close(compiled, eager, rtol=1e-10, atol=1e-10)
+        for a, b in zip(torch.autograd.grad(compiled, weights), gradients):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+print("compiled")
+"""
+
+
+def test_compiles_in_one_graph():
+    """In a process of its own, without the run-time shape checks; aot_eager captures without a C++ compiler."""
+    code = f"BACKEND = 'aot_eager'\n{COMPILE}"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.strip() == "compiled", run.stderr
+
+
+def test_static_matrices_are_shared_by_all_tokens():
+    model = build(m=2, n=3, dynamic=False)
+    ghc = model.connections[0]
+    assert type(ghc) is GHC
+    A, B = ghc.matrices(torch.zeros(2, 5, 3, 8, dtype=torch.float64))
+    assert A.shape == (2, 5, 3, 5) and B.shape == (2, 5, 2, 3) and torch.equal(A[1, 4], ghc.A)
