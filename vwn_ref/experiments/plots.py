@@ -1,0 +1,82 @@
+"""One look for every picture, in the notebooks and under figures/."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.image import AxesImage
+
+# Okabe and Ito's palette: told apart with any kind of colour vision. Black is kept for the plain model.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
+PLAIN = "#000000"
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+SIGNED = "RdBu_r"  # matrices: blue negative, white zero, red positive
+POSITIVE = "cividis"  # norms
+
+
+def style() -> None:
+    """Set Matplotlib's defaults: notebook width, quiet axes, the palette above."""
+    mpl.rcParams.update(
+        {
+            "figure.figsize": (7.0, 3.4),
+            "figure.dpi": 110,
+            "savefig.dpi": 200,
+            "figure.constrained_layout.use": True,
+            "font.size": 10,
+            "axes.titlesize": 10,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.alpha": 0.25,
+            "axes.prop_cycle": mpl.cycler(color=COLOURS),
+            "legend.frameon": False,
+            "image.interpolation": "nearest",
+        }
+    )
+
+
+def matrix(
+    ax: Axes,
+    values: object,
+    *,
+    title: str = "",
+    rows: str = "",
+    columns: str = "",
+    row_labels: Sequence[str] | None = None,
+    column_labels: Sequence[str] | None = None,
+    split: int | None = None,
+    limit: float | None = None,
+    numbers: bool | None = None,
+) -> AxesImage:
+    """Draw a small matrix as a picture: blue negative, white zero, red positive.
+
+    Args:
+        values: [rows, columns], a tensor or an array.
+        rows, columns: what the axes are, e.g. "slot j".
+        row_labels, column_labels: one label each; default 1, 2, …, as the paper counts.
+        split: draw a line before this column (0-based), to part Å from Â.
+        limit: the colour scale runs from −limit to limit; default the largest |entry|.
+        numbers: write the entries; default where there are at most 80.
+    """
+    array = values.detach().cpu().double().numpy() if hasattr(values, "detach") else values
+    height, width = array.shape
+    limit = limit or max(abs(array).max(), 1e-12)
+    image = ax.imshow(array, cmap=SIGNED, vmin=-limit, vmax=limit, aspect="equal")
+    ax.set(title=title, xlabel=columns, ylabel=rows)
+    for axis, count, labels in ((ax.xaxis, width, column_labels), (ax.yaxis, height, row_labels)):
+        step = 1 if labels is not None else max(1, -(-count // 12))  # no more than 12 default labels
+        ticks = range(0, count, step)
+        axis.set_ticks(list(ticks), [str(t + 1) for t in ticks] if labels is None else list(labels))
+    ax.grid(False)
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0)
+    if split is not None:
+        ax.axvline(split - 0.5, color="black", linewidth=1)
+    if numbers if numbers is not None else array.size <= 80:
+        for (i, j), value in ((index, array[index]) for index in np.ndindex(array.shape)):
+            shade = "white" if abs(value) > 0.65 * limit else "black"
+            ax.text(j, i, f"{value:.2g}", ha="center", va="center", fontsize=7, color=shade)
+    return image
