@@ -7,26 +7,32 @@ from pathlib import Path
 # only wait for each other, and with one thread a sum is taken in the same order everywhere.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import jaxtyping
 import pytest
-from jaxtyping import install_import_hook
 
 PACKAGE = Path(__file__).resolve().parents[1] / "vwn_ref"
 
 # Every annotated function of vwn_ref checks the shapes and types of its arguments and results while under test.
 # Module by module, because `--jaxtyping-packages=vwn_ref` would take vwn_ref.kernels as well: there the hook wraps what
 # stands under @triton.jit, and Triton then looks up the kernel's globals in jaxtyping.
-install_import_hook(
+jaxtyping.install_import_hook(
     [f"vwn_ref.{file.stem}" for file in PACKAGE.glob("*.py") if file.stem != "__init__"] + ["vwn_ref.experiments"],
     "beartype.beartype",
 )
 
-import torch
+import torch  # noqa: E402 -- after OMP_NUM_THREADS
 
 
 @pytest.fixture(autouse=True)
 def seed():
     """Every test starts from the same random state, whichever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def no_shape_checks(monkeypatch):
+    """For tests of a function's own error message: with the checks on, jaxtyping is the first to complain."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 def pytest_configure():
