@@ -27,11 +27,6 @@ from vwn_ref.ghc import GHC
 EPS = 0.3  # so large that where it stands matters
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize(("m", "n"), SIZES)
 @pytest.mark.parametrize("slot_width", [1, 3])

@@ -16,11 +16,6 @@ LEADS = [(), (3,), (2, 5), (2, 1, 3), (0,), (1,), (2, 0), (1, 1)]
 KERNELS = ["reference", "auto"]
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def randomised(module: GHC, dtype=torch.float64) -> GHC:
     """Every parameter replaced by random numbers: at the initial values half of the equations do nothing."""
     module = module.to(dtype)
