@@ -80,3 +80,44 @@ def matrix(
             shade = "white" if abs(value) > 0.65 * limit else "black"
             ax.text(j, i, f"{value:.2g}", ha="center", va="center", fontsize=7, color=shade)
     return image
+
+
+def wiring(ax: Axes, A: object, B: object, *, title: str = "") -> None:
+    """Draw A [n, m+n] and B [m, n] as wires from the old slots (left) to the new (right), the sublayer T above.
+
+    Blue wires read (Å), orange ones write (B), grey ones carry (Â). A wire is as thick as its weight, dashed where the
+    weight is negative, absent where it is 0; weights other than 1 are written beside it.
+    """
+    A, B = (np.asarray(M.detach().cpu().double() if hasattr(M, "detach") else M) for M in (A, B))
+    m, n = B.shape
+    left, into, out, right = 0.0, 1.1, 1.9, 3.0
+    slots = -np.arange(n)
+    ports = m + 0.3 - np.arange(m)  # segment 1 on top
+    ax.add_patch(mpl.patches.Rectangle((into, 0.75), out - into, m + 0.1, facecolor="0.92", edgecolor="0.3"))
+    ax.text((into + out) / 2, 0.8 + m / 2, "T", ha="center", va="center", fontsize=13)
+    wires = (  # weights [from, to], where from and to are, the colour, where along the wire its weight is written
+        (A[:, :m], (left, slots), (into, ports), COLOURS[0], 0.75),
+        (A[:, m:], (left, slots), (right, slots), "0.55", 0.3),
+        (B, (out, ports), (right, slots), COLOURS[1], 0.35),
+    )
+    for weights, (x0, y0), (x1, y1), colour, along in wires:
+        for (i, j), weight in np.ndenumerate(weights):
+            if not weight:
+                continue
+            line = "--" if weight < 0 else "-"
+            ax.plot([x0, x1], [y0[i], y1[j]], line, color=colour, linewidth=0.6 + 1.8 * abs(weight), zorder=1)
+            if weight != 1:
+                place = (x0 + along * (x1 - x0), y0[i] + along * (y1[j] - y0[i]))
+                box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
+                ax.text(*place, f"{weight:.2g}", color=colour, fontsize=8, ha="center", va="center", bbox=box)
+    for x, ys, name, side in (
+        (left, slots, "slot ", "right"),
+        (into, ports, "", "left"),
+        (out, ports, "", "right"),
+        (right, slots, "slot ", "left"),
+    ):
+        ax.scatter([x] * len(ys), ys, s=26, color="0.2", zorder=2)
+        for k, y in enumerate(ys, start=1):
+            ax.text(x + (0.09 if side == "left" else -0.09), y, f"{name}{k}", ha=side, va="center", fontsize=8)
+    ax.set(title=title, xlim=(left - 0.6, right + 0.6), ylim=(-n + 0.5, m + 1.0))
+    ax.axis("off")
