@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,7 +74,8 @@ def cached_folder(folder: Path, build: Callable[[Path], dict]) -> dict:
         # Builders hold the lock, so any older temporary folder of this name belongs to a killed process.
         for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):
             shutil.rmtree(leftover, ignore_errors=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+        temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
+        temporary.mkdir()
         try:
             manifest = build(temporary)
             files = sorted(temporary.iterdir())
