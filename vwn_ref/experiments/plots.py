@@ -94,7 +94,7 @@ def wiring(ax: Axes, A: object, B: object, *, title: str = "") -> None:
     slots = -np.arange(n)
     ports = m + 0.3 - np.arange(m)  # segment 1 on top
     ax.add_patch(mpl.patches.Rectangle((into, 0.75), out - into, m + 0.1, facecolor="0.92", edgecolor="0.3"))
-    ax.text((into + out) / 2, 0.8 + m / 2, "T", ha="center", va="center", fontsize=13)
+    ax.text((into + out) / 2, m + 0.95, "T", ha="center", va="bottom", fontsize=12)
     wires = (  # weights [from, to], where from and to are, the colour, where along the wire its weight is written
         (A[:, :m], (left, slots), (into, ports), COLOURS[0], 0.75),
         (A[:, m:], (left, slots), (right, slots), "0.55", 0.3),
@@ -119,5 +119,5 @@ def wiring(ax: Axes, A: object, B: object, *, title: str = "") -> None:
         ax.scatter([x] * len(ys), ys, s=26, color="0.2", zorder=2)
         for k, y in enumerate(ys, start=1):
             ax.text(x + (0.09 if side == "left" else -0.09), y, f"{name}{k}", ha=side, va="center", fontsize=8)
-    ax.set(title=title, xlim=(left - 0.6, right + 0.6), ylim=(-n + 0.5, m + 1.0))
+    ax.set(title=title, xlim=(left - 0.6, right + 0.6), ylim=(-n + 0.5, m + 1.7))
     ax.axis("off")
