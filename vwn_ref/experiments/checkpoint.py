@@ -21,8 +21,9 @@ class CheckpointError(ValueError):
 def save(path: Path, tensors: dict[str, Tensor], state: dict) -> None:
     """Write `tensors` and the JSON object `state` to `path`, atomically: never a mixture of two moments."""
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    text = json.dumps(state, sort_keys=True)
-    metadata = {"state": text, "sha256": digest(tensors, text)}
+    about = {"state": state, "sha256": digest(tensors, state)}
+    # One metadata entry: the order of several is not fixed, and equal checkpoints should be equal files.
+    metadata = {"vwn_ref": json.dumps(about, sort_keys=True)}
     write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
@@ -32,21 +33,21 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict]:
         raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            about = json.loads((file.metadata() or {})["vwn_ref"])
             # Copies: what get_tensor gives may be a map of the file, which the next checkpoint replaces.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict
-        if digest(tensors, metadata["state"]) != metadata["sha256"]:
+        if digest(tensors, about["state"]) != about["sha256"]:
             raise ValueError("its content does not match its checksum")
-        return tensors, json.loads(metadata["state"])
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, MemoryError) as error:
+        return tensors, about["state"]
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError, MemoryError) as error:
         raise CheckpointError(
             f"{path} is damaged ({error!s:.200}): remove it and start again, or put back a copy"
         ) from error
 
 
-def digest(tensors: dict[str, Tensor], text: str) -> str:
-    """SHA-256 over names, types, shapes and bytes of CPU tensors, and over `text`; in hex."""
-    whole = hashlib.sha256(text.encode())
+def digest(tensors: dict[str, Tensor], state: dict) -> str:
+    """SHA-256 over names, types, shapes and bytes of CPU tensors, and over a JSON object; in hex."""
+    whole = hashlib.sha256(json.dumps(state, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         whole.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         whole.update(tensor.reshape(-1).view(torch.uint8).numpy())
