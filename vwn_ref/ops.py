@@ -7,6 +7,10 @@ A set of operations is a module (or namespace) with three functions of the same 
     vwn_ref.ghc.depth(z, state)                                      -> H
 
 `state` belongs to the set that made it and is opaque to everything else.
+
+    "reference"  the readable functions themselves
+    "cpu"        `vwn_ref.kernels.cpu`: C++ compiled on first use, PyTorch operations where there is no compiler
+    "auto"       the fastest for the tensors that come: "cpu" for those it is made for, else the reference
 """
 
 from __future__ import annotations
@@ -20,6 +24,18 @@ reference = SimpleNamespace(width=ghc.width, dynamic_width=dynamic.dynamic_width
 
 
 def select(kernels: str):
-    """The operations that `kernels` names: "reference", "cpu", "triton", or "auto" for the fastest here."""
+    """The operations that `kernels` names: "reference", "cpu", "triton", or "auto" for the fastest here.
+
+    Raises ValueError for another name, and for "triton", which this version does not have.
+    """
     check_choice("kernels", kernels, KERNELS)
-    return reference
+    if kernels == "reference":
+        return reference
+    if kernels == "triton":
+        raise ValueError(
+            "kernels = 'triton': fused Triton kernels are not part of this version; "
+            "must be 'auto', 'cpu' or 'reference'"
+        )
+    from vwn_ref.kernels import cpu  # which stands on the reference
+
+    return cpu  # tensors that it is not made for it hands to the reference, one by one
