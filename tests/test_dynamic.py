@@ -64,6 +64,13 @@ def test_gradients_equal_those_of_the_loops(m, n, kernels):
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize(("m", "n"), [(1, 4), (2, 3), (4, 4), (4, 8)])
+def test_float32_gradients(m, n, kernels):
+    module = randomised(DynamicGHC(m * 4, m, n, eps=EPS, kernels=kernels), torch.float32)
+    check_gradients_against_oracle(module, (2,), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
 def test_a_zero_state_gives_the_static_matrices_and_finite_gradients(kernels):
     module = randomised(DynamicGHC(6, 2, 3, kernels=kernels))
     H = torch.zeros(4, 3, 3, dtype=torch.float64, requires_grad=True)

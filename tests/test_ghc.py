@@ -119,20 +119,20 @@ def forward_as_function(module: GHC):
 
 
 def leaves(module: GHC, lead):
-    return [t.detach().clone().requires_grad_() for t in (*inputs(module, lead), *module.parameters())]
+    return [t.detach().clone().requires_grad_() for t in (*inputs(module, lead, module.A.dtype), *module.parameters())]
 
 
 def check_gradients_against_oracle(module: GHC, lead=(2,), tolerance=1e-13) -> None:
     """Gradients for H, z and every parameter equal those of autograd through the loops."""
     function, names = forward_as_function(module)
     own = leaves(module, lead)
-    theirs = [t.detach().clone().requires_grad_() for t in own]
+    theirs = [t.detach().double().requires_grad_() for t in own]
     x, H = function(*own)
     replaced = {k.replace("norm.weight", "gain"): v for k, v in zip(names, theirs[2:], strict=True)}
     want_x, _, _, want_H = oracle.run(module, theirs[0], theirs[1], differentiable=True, **replaced)
     weights = [torch.randn_like(x), torch.randn_like(H)]
     found = torch.autograd.grad([x, H], own, weights)
-    wanted = torch.autograd.grad([want_x, want_H], theirs, weights)
+    wanted = torch.autograd.grad([want_x, want_H], theirs, [w.double() for w in weights])
     for name, g, w in zip(["H", "z", *names], found, wanted, strict=True):
         assert w.abs().max() > 0, f"the gradient for {name} is zero: the test would show nothing"
         assert error(g, w) <= tolerance, f"gradient for {name} differs by {error(g, w):.2e}"
@@ -151,6 +151,13 @@ def test_gradcheck(m, n, kernels):
 def test_gradients_equal_those_of_the_loops(m, n, kernels):
     lead, slot_width = ((1,), 1) if n > 8 else ((2,), 3)
     check_gradients_against_oracle(randomised(GHC(m * slot_width, m, n, kernels=kernels)), lead)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize(("m", "n"), [(1, 4), (2, 3), (4, 4), (4, 8)])
+def test_float32_gradients(m, n, kernels):
+    module = randomised(GHC(m * 4, m, n, kernels=kernels), torch.float32)
+    check_gradients_against_oracle(module, (2,), tolerance=5e-6)
 
 
 # ------------------------------------------------------------------------------------ Eqs. (15), (16)
