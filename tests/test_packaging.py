@@ -1,0 +1,51 @@
+"""What an installed copy holds. The wheel is built in isolation, which needs the network: `make test-slow`."""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(*command, **kwargs) -> str:
+    done = subprocess.run([str(part) for part in command], capture_output=True, encoding="utf-8", **kwargs)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.strip()
+
+
+def test_editable_install_finds_every_subpackage(tmp_path):
+    """From any directory: inside the clone the folder vwn_ref would be found without an installation."""
+    code = "import vwn_ref.kernels, vwn_ref.experiments; print(vwn_ref.kernels.__file__)"
+    assert Path(run(sys.executable, "-c", code, cwd=tmp_path)) == ROOT / "kernels" / "__init__.py"
+    assert Path(run(sys.executable, "-c", code, cwd=ROOT)) == ROOT / "kernels" / "__init__.py"
+
+
+def test_import_needs_neither_triton_nor_what_only_the_experiments_use(tmp_path):
+    block = "import sys; sys.modules.update(dict.fromkeys(['triton', 'datasets', 'tokenizers', 'matplotlib']));"
+    run(sys.executable, "-c", block + "import vwn_ref, vwn_ref.kernels", cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_wheel_holds_the_package_and_nothing_else(tmp_path):
+    source = tmp_path / "source"  # a build leaves build/ where it runs, and takes up what is left there
+    ignore = shutil.ignore_patterns("__pycache__")
+    for folder in ("vwn_ref", "kernels"):
+        shutil.copytree(ROOT / folder, source / folder, ignore=ignore)
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, source)
+    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", tmp_path, source)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    expected = {f.relative_to(ROOT).as_posix() for folder in ("vwn_ref", "kernels") for f in (ROOT / folder).rglob("*")}
+    expected = {name for name in expected if name.endswith((".py", ".cpp"))}
+    expected = {name.replace("kernels/", "vwn_ref/kernels/", 1) for name in expected}
+    assert {name for name in names if ".dist-info/" not in name} == expected
+
+    # Imported from the wheel alone: -S leaves out the editable install, and torch is put back by its path.
+    site = Path(pytest.__file__).parents[1]
+    code = f"import sys; sys.path += [{str(wheel)!r}, {str(site)!r}]; import vwn_ref.kernels as k; print(k.__file__)"
+    assert str(wheel) in run(sys.executable, "-S", "-c", code, cwd=tmp_path)
