@@ -85,7 +85,7 @@ class VWNTransformer(nn.Module):
 
     def forward(self, tokens: Int[Tensor, "b t"]) -> Float[Tensor, "b t v"]:
         """Tokens [b, t] -> logits [b, t, vocab_size]; position i predicts token i+1."""
-        return self._logits(self._last_state(tokens))
+        return self._logits(self._first_and_last(tokens)[1])
 
     def loss(self, tokens: Int[Tensor, "b t"]) -> Losses:
         """Training losses of windows of t ≥ 2 tokens (≥ 3 with MTP): each token but the first is a target.
@@ -99,14 +99,12 @@ class VWNTransformer(nn.Module):
                 f"tokens have shape {tuple(tokens.shape)}: must be [b, t] with b ≥ 1 and t ≥ {shortest}, "
                 "the last token is only a target"
             )
-        H = self._last_state(tokens[:, :-1])
+        E, H = self._first_and_last(tokens[:, :-1])
         loss_next = cross_entropy(self._logits(H), tokens[:, 1:])
         zero = loss_next.new_zeros(())
         loss_next2 = zero
         if self.mtp is not None:
-            # the embedding of token i+1 is computed with all tokens before it in view, for the sake of n-grams
-            E = self.embedding(tokens[:, :-1])
-            h = self.mtp(H[:, :-1], E[:, 1:])  # position i: state of i, token i+1
+            h = self.mtp(H[:, :-1], E[:, 1:])  # position i: state of i, embedding of token i+1
             loss_next2 = cross_entropy(self.unembedding(h), tokens[:, 2:])
         routers = [layer.balance_loss for layer in self.modules() if isinstance(layer, MoE)]
         balance = torch.stack(routers).mean() if routers else zero
@@ -138,8 +136,8 @@ class VWNTransformer(nn.Module):
         training = self.training
         self.eval()
         for _ in range(max_new_tokens):
-            last = self._last_state(tokens[:, -self.cfg.max_seq_len :])[:, -1:]
-            logits = at_least_float32(self._logits(last)[:, -1])
+            _, H = self._first_and_last(tokens[:, -self.cfg.max_seq_len :])
+            logits = at_least_float32(self._logits(H[:, -1]))
             if temperature == 0:
                 choice = logits.argmax(dim=-1, keepdim=True)
             else:
@@ -162,10 +160,13 @@ class VWNTransformer(nn.Module):
             (exempt if id(p) in static or p.ndim < 2 else decayed).append(p)
         return [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
 
-    def _last_state(self, tokens: Tensor) -> Tensor:
-        for H in self.states(tokens):  # noqa: B007 - only the last is wanted
+    def _first_and_last(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """H′⁰ and H′ᴸ, without keeping what lies between."""
+        states = self.states(tokens)
+        first = last = next(states)
+        for last in states:  # noqa: B007 - only the last is wanted
             pass
-        return H
+        return first, last
 
     def _logits(self, H: Tensor) -> Tensor:
         return self.unembedding(self.norm(self.reduce(H)))
