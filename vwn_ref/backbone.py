@@ -105,7 +105,7 @@ class Sublayer(nn.Module):
         super().__init__()
         self.norm = nn.RMSNorm(cfg.dim, eps=cfg.norm_eps)
         self.body = Attention(cfg) if kind == "attention" else MoE(cfg) if cfg.n_experts else FFN(cfg)
-        for name, weight in self.body.named_parameters():  # std 1/√fan_in, the usual rule of thumb
+        for name, weight in self.body.named_parameters():
             scale = (2 * cfg.n_layers) ** -0.5 if name.startswith("out") else 1.0  # 2·n_layers writes add up
             std = cfg.init_std if cfg.init_std is not None else weight.shape[-1] ** -0.5
             nn.init.normal_(weight, std=scale * std)

@@ -105,7 +105,7 @@ class VWNConfig:
     """ε inside every RMSNorm and GroupNorm."""
     embed_std: float = 0.3
     """Standard deviation of the initial embedding table."""
-    init_std: float | None = None
+    init_std: float | None = 0.02
     """Standard deviation of the initial linear weights (None: 1/√fan_in), by 1/√(2·n_layers) where they write."""
     kernels: Literal["auto", "reference", "cpu", "triton"] = "auto"
     """What computes a GHC: "reference" (the readable code), "cpu" or "triton" (fused), "auto" (fastest here)."""
