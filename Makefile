@@ -42,14 +42,14 @@ help:
 	@echo "Python 3.11 or newer is needed; choose one with PYTHON=python3.12"
 
 lab: $(STAMP)
-	$(PY) -m jupyterlab notebooks/00_tour.ipynb --ServerApp.root_dir=. --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate $(ARGS)
+	$(PY) -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=lab/tree/notebooks/00_tour.ipynb $(ARGS)
 
 test: $(STAMP)
 	$(PY) -m pytest @tests/notebooks/nbval.args tests notebooks -n $(WORKERS) --dist loadscope --durations=10 $(ARGS)
 
 check: $(STAMP)
 	$(PY) tests/notebooks/lessons.py check $(NB)
-	$(PY) -m pytest @tests/notebooks/nbval.args tests/notebooks/test_lessons.py $(or $(NB),notebooks) -n $(WORKERS) --dist loadscope $(ARGS)
+	$(PY) -m pytest @tests/notebooks/nbval.args tests/conftest.py $(or $(NB),notebooks) -n $(WORKERS) --dist loadscope $(ARGS)
 
 test-slow: $(STAMP)
 	$(PY) -m pytest -m slow $(ARGS)
@@ -74,6 +74,7 @@ install: $(STAMP)
 $(STAMP): requirements.txt pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'vwn_ref needs Python 3.11 or newer and this is %s; choose another one: make PYTHON=python3.12' % sys.version.split()[0] or 0)"
 	@$(PYTHON) -c "import sys, importlib.util as u; sys.exit(0 if u.find_spec('venv') and u.find_spec('ensurepip') else 'this Python cannot make virtual environments; on Debian and Ubuntu install the package python3-venv')"
+	@echo "Installing requirements.txt into .venv; the first time takes a few minutes."
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet -r requirements.txt
 	@$(PY) -c "open('$(STAMP)', 'w').close()"

@@ -17,16 +17,12 @@ def run(*command, **kwargs) -> str:
     return done.stdout.strip()
 
 
-def test_editable_install_finds_every_subpackage(tmp_path):
-    """From any directory: inside the clone the folder vwn_ref would be found without an installation."""
-    code = "import vwn_ref.kernels, vwn_ref.experiments; print(vwn_ref.kernels.__file__)"
+def test_editable_install_without_the_optional_packages(tmp_path):
+    """`vwn_ref.kernels` is found from any directory; Triton and what only the experiments use may be missing."""
+    code = "import sys; sys.modules.update(dict.fromkeys(['triton', 'datasets', 'tokenizers', 'matplotlib']))"
+    code += "; import vwn_ref.kernels; print(vwn_ref.kernels.__file__)"
+    # Not from the clone's own directory: there the folder vwn_ref is found without an installation.
     assert Path(run(sys.executable, "-c", code, cwd=tmp_path)) == ROOT / "kernels" / "__init__.py"
-    assert Path(run(sys.executable, "-c", code, cwd=ROOT)) == ROOT / "kernels" / "__init__.py"
-
-
-def test_import_needs_neither_triton_nor_what_only_the_experiments_use(tmp_path):
-    block = "import sys; sys.modules.update(dict.fromkeys(['triton', 'datasets', 'tokenizers', 'matplotlib']));"
-    run(sys.executable, "-c", block + "import vwn_ref, vwn_ref.kernels", cwd=tmp_path)
 
 
 @pytest.mark.slow
