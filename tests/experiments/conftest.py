@@ -57,5 +57,6 @@ def processes():
     if "forkserver" not in multiprocessing.get_all_start_methods():
         pytest.skip("needs a system with forkserver")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vwn_ref.experiments.train", "datasets"])
+    # torch imports its compiler, slowly, when the first optimizer is made
+    context.set_forkserver_preload(["vwn_ref.experiments.train", "datasets", "torch._dynamo"])
     return context

@@ -22,7 +22,7 @@ from vwn_ref.experiments import checkpoint
 from vwn_ref.experiments.checkpoint import CheckpointError
 from vwn_ref.experiments.storage import json_digest, write_text
 
-# Fields that do not change what is computed (`compile`, `threads` and `device` may change its last digits).
+# Fields that do not change what is computed, though some may change its last digits.
 MAY_CHANGE = {"out", "resume", "progress", "device", "compile", "threads", "micro_batch"}
 MAY_CHANGE |= {"checkpoint_interval", "data.cache_dir"}
 

@@ -501,6 +501,8 @@ def main() -> None:
         if leader:
             note(f"{stop}; go on with:\n  {command(sys.argv[1:])}")
         sys.exit(128 + stop.number)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         if "VWN_REF_TRACEBACK" in os.environ:
             raise

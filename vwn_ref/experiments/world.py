@@ -69,22 +69,25 @@ def joined_world(device: str) -> Iterator[World]:
 
 @contextlib.contextmanager
 def torch_settings(seed: int, threads: int | None, device: torch.device) -> Iterator[None]:
-    """Threads, deterministic operations on a GPU, random state: set here, and put back at the end."""
+    """Threads, deterministic operations, random state: set here, and put back at the end."""
     threads_before = torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
     cublas = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
             if threads is not None:
                 torch.set_num_threads(threads)
-            if device.type == "cuda":  # what CPU operations are without asking
-                os.environ["CUBLAS_WORKSPACE_CONFIG"] = cublas or ":4096:8"
-                torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # a help in finding bugs, at a cost
+            if device.type == "cuda" and cublas is None:
+                os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # else matrix products may differ
             torch.manual_seed(seed)
             yield
         finally:
             torch.set_num_threads(threads_before)
             torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+            torch.utils.deterministic.fill_uninitialized_memory = fill
             if device.type == "cuda" and cublas is None:
                 os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)

@@ -1,0 +1,333 @@
+"""Training in one process: what a seed fixes, what is logged, what is refused."""
+
+import contextlib
+import dataclasses
+import io
+import itertools
+import json
+import math
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from vwn_ref import VWNConfig
+from vwn_ref.experiments import train as module
+from vwn_ref.experiments.checkpoint import CheckpointError
+from vwn_ref.experiments.data import DataConfig, load_corpus
+from vwn_ref.experiments.train import TrainConfig, load_run, lr_at, parse, train, train_batch, val_starts, windows
+from vwn_ref.experiments.world import World
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    config = tiny(out=str(tmp_path_factory.mktemp("runs") / "finished"))
+    return config, train(config)
+
+
+# ------------------------------------------------------------------------------------------------ pure parts
+
+
+def test_learning_rate(tiny):
+    config = tiny(steps=105, warmup=5, lr=1.0, final_lr=0.1)
+    rates = [lr_at(config, step) for step in range(105)]
+    assert rates[:6] == [0.2, 0.4, 0.6, 0.8, 1.0, 1.0]
+    assert rates[55] == pytest.approx(0.55)  # half-way
+    assert all(a > b for a, b in itertools.pairwise(rates[5:]))
+    assert rates[-1] == pytest.approx(0.1, abs=1e-3)
+    linear = replace(config, schedule="linear")
+    assert [lr_at(linear, step) for step in (5, 30, 55)] == pytest.approx([1.0, 0.775, 0.55])
+    assert lr_at(replace(config, schedule="constant"), 104) == 1.0
+    assert lr_at(replace(config, warmup=0), 0) == 1.0
+
+
+def test_batches_are_a_function_of_seed_and_step(tiny):
+    tokens = np.arange(1000, dtype=np.uint16)
+    config = tiny(batch_size=4096)
+    batch = train_batch(tokens, config, 3)
+    assert batch.shape == (4096, 17) and batch.dtype == np.int64
+    assert np.array_equal(batch, train_batch(tokens, config, 3))
+    assert not np.array_equal(batch, train_batch(tokens, config, 4))
+    assert not np.array_equal(batch, train_batch(tokens, replace(config, seed=1), 3))
+    assert np.array_equal(batch, batch[:, :1] + np.arange(17))
+    assert batch.min() == 0 and batch.max() == 999  # every token is in reach
+
+
+def test_validation_windows(tiny):
+    config = tiny(val_tokens=160)
+    tokens = np.arange(1000, dtype=np.uint16)
+    starts = val_starts(tokens, config)
+    assert len(starts) == 10 and np.diff(starts).min() >= 16 and starts[-1] > 800
+    assert windows(tokens, starts, 16).max() < 1000
+    every = val_starts(tokens, replace(config, val_tokens=10**9))
+    assert np.array_equal(every, np.arange(62) * 16)
+    assert np.array_equal(val_starts(np.arange(17), config), [0])
+
+
+# -------------------------------------------------------------------------------------------------- the seed
+
+
+def test_a_seed_fixes_everything(tiny):
+    torch.manual_seed(1)
+    first = train(tiny())
+    torch.manual_seed(2)
+    np.random.seed(2)
+    second = train(tiny())
+    assert first.log == second.log
+    for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert train(tiny(seed=1)).log != first.log
+
+
+def test_threads_do_not_race(tiny):
+    """Experts gather and scatter tokens; done carelessly by two threads, sums come out in another order each time."""
+    config = tiny(model={"n_experts": 4, "dim": 64}, batch_size=32, seq_len=64, steps=4, threads=2)
+    assert train(config).log == train(config).log
+
+
+def test_global_state_is_left_alone(tiny):
+    torch.manual_seed(5)
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    train(tiny(steps=2))
+    assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == threads
+
+
+def test_plain_and_virtual_width_see_the_same_batches(tiny, monkeypatch):
+    seen = []
+
+    def record(tokens, config, step):
+        seen.append(train_batch(tokens, config, step))
+        return seen[-1]
+
+    monkeypatch.setattr(module, "train_batch", record)
+    plain = train(tiny(model={"m": None, "n": None}, steps=5))
+    wide = train(tiny(steps=5))
+    assert all(np.array_equal(a, b) for a, b in zip(seen[:5], seen[5:], strict=True))
+    for name, weight in plain.model.unembedding.named_parameters():
+        assert weight.shape == dict(wide.model.unembedding.named_parameters())[name].shape
+
+
+@pytest.mark.parametrize("model", [{"m": None, "n": None}, {"dynamic": False}, {"n_experts": 2, "mtp_layers": 1}])
+def test_it_learns(tiny, model):
+    log = train(tiny(model=model, steps=60, lr=1e-2)).log
+    assert log[0]["val_next"] == pytest.approx(math.log(280), rel=0.05)
+    assert log[-1]["val_next"] < log[0]["val_next"] - 1
+    assert (log[-1]["val_next2"] > 0) == (log[-1]["val_balance"] > 0) == ("mtp_layers" in model)
+
+
+def test_micro_batches_give_the_same_gradients(tiny):
+    whole, parts = train(tiny(steps=10)).log, train(tiny(steps=10, micro_batch=1)).log
+    for a, b in zip(whole, parts, strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_bfloat16(tiny):
+    narrow, full = train(tiny(dtype="bfloat16")).log[-1], train(tiny()).log[-1]
+    assert narrow["train_next"] != full["train_next"]
+    assert narrow["train_next"] == pytest.approx(full["train_next"], rel=0.05)
+
+
+def test_gradient_clipping(tiny):
+    log = train(tiny(grad_clip=0.01, steps=5)).log
+    assert log[-1]["grad_norm"] > 0.01  # what is logged is the norm before
+    assert log != train(tiny(grad_clip=0.0, steps=5)).log
+
+
+# --------------------------------------------------------------------------------------- folder, log, summary
+
+
+def test_folder_of_a_run(finished):
+    config, result = finished
+    folder = module.Path(config.out)
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    kept = {"config.json", "tokenizer.json", "log.jsonl", "checkpoint.safetensors", "weights.safetensors"}
+    assert names == kept | {"summary.json"}
+    assert not list(folder.glob(".*.tmp"))
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert rows == result.log
+    assert [row["step"] for row in rows] == [0, 5, 10, 15, 20, 25, 30]
+    assert [row["step"] for row in rows if "val_next" in row] == [0, 10, 20, 30]
+    assert all(row["tokens"] == row["step"] * 64 for row in rows)
+    assert all({"lr", "grad_norm", "train_next", "train_next2"} <= set(row) for row in rows[1:])
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary == result.summary
+    assert summary["parameters"] == sum(p.numel() for p in result.model.parameters())
+    assert summary["tokens"] == 30 * 64 and summary["val_next"] == rows[-1]["val_next"]
+    assert summary["seconds"] > 0 and summary["tokens_per_second"] > 0
+    assert TrainConfig.from_dict(json.loads((folder / "config.json").read_text())) == config
+
+
+def test_mean_of_the_log_is_over_all_steps_since(tiny):
+    every = train(tiny(steps=10, log_interval=1, val_interval=100)).log
+    fifth = train(tiny(steps=10, log_interval=5, val_interval=100)).log
+    for row in fifth[1:]:
+        losses = [r["train_next"] for r in every if row["step"] - 5 < r["step"] <= row["step"]]
+        assert row["train_next"] == pytest.approx(np.mean(losses), rel=1e-6)
+
+
+def test_load_run(finished):
+    config, result = finished
+    model, tokenizer, again = load_run(config.out)
+    assert again == config and not model.training
+    for a, b in zip(model.parameters(), result.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    corpus = load_corpus(config.data)
+    assert tokenizer.to_str() == corpus.tokenizer.to_str()
+    assert tokenizer.encode("a <|end|>").ids == corpus.encode("a <|end|>")
+    tokens = model.generate(torch.tensor([corpus.encode("width")]), 3)
+    assert tokens.shape[1] == len(corpus.encode("width")) + 3
+
+
+def test_in_memory_nothing_is_written(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train(tiny(steps=2))
+    assert not list(tmp_path.iterdir())
+
+
+def test_progress(tiny, capsys):
+    train(tiny(steps=10, progress=True))
+    err = capsys.readouterr().err
+    assert "step 10/10 train_next" in err and "tokens/s" in err and "left" in err
+    assert err.count("\n") == 1 and "\r" not in err  # no terminal: lines, few of them
+    train(tiny(steps=10))
+    assert capsys.readouterr().err == ""
+
+
+# --------------------------------------------------------------------------------------------------- refused
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps = 0: must be an integer ≥ 1"),
+        ({"batch_size": 0}, "batch_size = 0"),
+        ({"micro_batch": 0}, "micro_batch = 0"),
+        ({"lr": 0.0}, "lr = 0.0: must be a finite number > 0"),
+        ({"lr": math.nan}, "lr = nan"),
+        ({"beta2": 1.0}, "beta2 = 1.0: must be < 1"),
+        ({"warmup": -1}, "warmup = -1"),
+        ({"threads": 0}, "threads = 0"),
+        ({"schedule": "step"}, "schedule = 'step': must be one of 'cosine'"),
+        ({"dtype": "float16"}, "dtype = 'float16': must be one of"),
+        ({"seq_len": 2000}, "seq_len = 2000: must be ≤ model.max_seq_len = 1024"),
+        ({"seq_len": 1, "model": {"mtp_layers": 1}}, "seq_len = 1: must be ≥ 2"),
+        ({"data": {"vocab_size": 300}}, "model.vocab_size = 280: must be data.vocab_size = 300"),
+    ],
+)
+def test_bad_fields(tiny, changes, message):
+    wrong_type = changes.get("schedule") or changes.get("dtype")
+    with pytest.raises(Exception if wrong_type else ValueError, match=None if wrong_type else message):
+        tiny(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seq_len": 9999, "model": {"max_seq_len": 9999}}, "seq_len = 9999: must be < the tokens for validation, the"),
+        ({"micro_batch": 3}, "micro_batch = 3: must divide the 4 sequences of a process"),
+        ({"device": "cuda:99"}, "device = 'cuda:99': must be auto or a device of this machine"),
+        ({"device": "abacus"}, "device = 'abacus': must be auto or"),
+        ({"resume": True}, "resume = True: must come with out"),
+    ],
+)
+def test_bad_runs(tiny, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train(tiny(**changes))
+
+
+def test_batch_that_cannot_be_shared(tiny):
+    with pytest.raises(ValueError, match="batch_size = 4: must be a multiple of the 3 processes"):
+        module.check_share(tiny(), World(0, 3, torch.device("cpu")))
+
+
+def test_a_loss_that_is_not_finite(tiny, monkeypatch):
+    loss = module.VWNTransformer.loss
+
+    def broken(model, tokens):
+        losses = loss(model, tokens)
+        return losses._replace(total=losses.total * math.nan)
+
+    monkeypatch.setattr(module.VWNTransformer, "loss", broken)
+    with pytest.raises(FloatingPointError, match=r"the loss at step 5 is nan: lr = 0.003 may be too high"):
+        train(tiny())
+
+
+def test_folders_that_are_taken(tiny, finished, tmp_path):
+    config, _ = finished
+    with pytest.raises(FileExistsError, match="holds a finished run; choose another folder"):
+        train(config)
+    (tmp_path / "thesis.tex").write_text("x")
+    for resume in (False, True):
+        with pytest.raises(FileExistsError, match="holds files but no run"):
+            train(tiny(out=str(tmp_path), resume=resume))
+    with pytest.raises(FileExistsError, match="is a file, must be a folder"):
+        train(tiny(out=str(tmp_path / "thesis.tex")))
+    with pytest.raises(FileNotFoundError, match=r"must be the folder of a run, there is no config\.json"):
+        load_run(tmp_path)
+
+
+def test_weights_of_another_model(tiny, finished, tmp_path):
+    other = tiny(model={"dim": 32}, out=str(tmp_path / "other"), steps=2)
+    train(other)
+    (tmp_path / "other" / "weights.safetensors").write_bytes(
+        (module.Path(finished[0].out) / "weights.safetensors").read_bytes()
+    )
+    with pytest.raises(CheckpointError, match=r"holds another model than its config.json describes"):
+        load_run(other.out)
+
+
+# ---------------------------------------------------------------------------------------------- command line
+
+
+def test_every_field_is_on_the_command_line():
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), pytest.raises(SystemExit):
+        parse(["--help"])
+    text = out.getvalue()
+    for kind, prefix in ((TrainConfig, ""), (VWNConfig, "model."), (DataConfig, "data.")):
+        for field in dataclasses.fields(kind):
+            shown = f"--{prefix}{field.name.replace('_', '-')}" in re.split(r"[\s,]+", text)
+            assert shown == (prefix + field.name not in ("model", "data", "model.vocab_size")), field.name
+    assert "Optimizer steps." in text and "Fraction rate" in text  # help is the fields' docstrings
+
+
+def test_command_line():
+    line = "--model.m 4 --model.n 8 --data.vocab-size 2048 --data.files a.txt b.txt --steps 7 --lr 0.01 --resume"
+    config = parse(line.split())
+    assert (config.model.m, config.model.n, config.steps, config.lr, config.resume) == (4, 8, 7, 0.01, True)
+    assert config.model.vocab_size == config.data.vocab_size == 2048  # set once
+    assert config.data.files == ("a.txt", "b.txt")
+    assert type(config) is TrainConfig and type(config.model) is VWNConfig
+    assert parse([]) == TrainConfig()
+
+
+def test_command_line_as_a_process(tiny, text_folder, tmp_path):
+    line = f"--model.dim 16 --model.n-layers 1 --data.files {text_folder} --data.vocab-size 280 --seq-len 16 --steps 2"
+    start = [sys.executable, "-m", "vwn_ref.experiments.train", *line.split()]
+    done = subprocess.run([*start, "--out", tmp_path / "a"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == 2
+    assert load_run(tmp_path / "a")[2].data.vocab_size == 280
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--data.files nowhere.txt", "error: data.files: 'nowhere.txt' must name a file"),
+        ("--model.m 4", "give both, or neither"),
+        ("--data.vocab-size 100", "data.vocab_size = 100: must be an integer ≥ 257"),
+        ("--device abacus", "error: device = 'abacus'"),
+    ],
+)
+def test_errors_are_told_without_a_traceback(monkeypatch, capsys, line, message):
+    monkeypatch.setattr(sys, "argv", ["train", *line.split()])
+    with pytest.raises(SystemExit) as stop:
+        module.main()
+    said = capsys.readouterr()
+    said = f"{said.out} {said.err} {stop.value}".replace("│", " ")
+    assert message in " ".join(said.split()) and "Traceback" not in said
+    assert stop.value.code not in (0, None)
