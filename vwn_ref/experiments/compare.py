@@ -1,0 +1,146 @@
+"""Compare kept runs, seed by seed: `python -m vwn_ref.experiments.compare figures/data/first_training`.
+
+Runs are paired: with one seed two models have the same backbone weights, batches and validation windows. The difference
+of a pair is far steadier than either loss; its interval is Student's t over the seeds.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import tyro
+
+from vwn_ref.experiments.run import fixed_fields
+
+FILES = ("config.json", "log.jsonl", "summary.json")  # what is kept of a run: no weights, no checkpoint
+
+
+class Estimate(NamedTuple):
+    """Mean over the seeds and half the width of its 95 % interval (NaN for one seed)."""
+
+    mean: float
+    half_width: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.4f} ± {self.half_width:.4f}"
+
+
+def interval(values: Sequence[float], level: float = 0.95) -> Estimate:
+    """Student's t interval of the mean."""
+    from scipy import stats
+
+    if len(values) < 2:
+        return Estimate(float(values[0]), float("nan"))
+    quantile = float(stats.t.ppf(0.5 + level / 2, len(values) - 1))
+    return Estimate(statistics.fmean(values), quantile * statistics.stdev(values) / len(values) ** 0.5)
+
+
+@dataclass(frozen=True)
+class KeptRun:
+    """One finished run: what its three files say."""
+
+    name: str
+    config: dict
+    log: list[dict]
+    summary: dict
+
+    @property
+    def seed(self) -> int:
+        return self.config["seed"]
+
+    @property
+    def variant(self) -> str:
+        """Everything but the seed, as one string: runs of one variant differ in the seed alone."""
+        return json.dumps({k: v for k, v in fixed_fields(self.config).items() if k != "seed"}, sort_keys=True)
+
+    def curve(self, name: str = "val_next") -> tuple[list[int], list[float]]:
+        """Tokens and values of the lines of the log that have `name`."""
+        lines = [line for line in self.log if name in line]
+        return [line["tokens"] for line in lines], [line[name] for line in lines]
+
+
+def load_runs(folder: str | Path) -> dict[str, list[KeptRun]]:
+    """Runs in `folder`/<variant>-s<seed>/, by variant name, each list in the order of the seeds.
+
+    Raises FileNotFoundError where there is none, ValueError where runs of one name differ in more than the seed.
+    """
+    found: dict[str, list[KeptRun]] = {}
+    for path in sorted(Path(folder).glob("*/summary.json")):
+        name = path.parent.name.rpartition("-s")[0]
+        if not name:
+            raise ValueError(f"{path.parent}: must be named <variant>-s<seed>")
+        log = [json.loads(line) for line in (path.parent / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+        config, summary = (json.loads((path.parent / f).read_text(encoding="utf-8")) for f in (FILES[0], FILES[2]))
+        found.setdefault(name, []).append(KeptRun(name, config, log, summary))
+    if not found:
+        raise FileNotFoundError(f"{folder}: must hold folders <variant>-s<seed> of finished runs")
+    for name, runs in found.items():
+        if len({run.variant for run in runs}) > 1:
+            raise ValueError(f"{folder}: the runs {name}-s… must differ in nothing but the seed")
+        runs.sort(key=lambda run: run.seed)
+    return found
+
+
+def paired(runs: Sequence[KeptRun], base: Sequence[KeptRun], name: str = "val_next") -> Estimate:
+    """Loss of `runs` minus loss of `base` over the seeds that both have."""
+    there = {run.seed: run.summary[name] for run in base}
+    both = [run.summary[name] - there[run.seed] for run in runs if run.seed in there]
+    if not both:
+        raise ValueError(f"{runs[0].name} and {base[0].name}: must have a seed in common")
+    return interval(both)
+
+
+def table(folder: str | Path, base: str = "plain") -> str:
+    """Markdown: parameters, the validation loss of every seed, the mean, and the paired difference to `base`."""
+    found = load_runs(folder)
+    if base not in found:
+        raise ValueError(f"base = {base!r}: must be one of {', '.join(found)}")
+    lines = ["| model | parameters | validation loss by seed | mean | against " + base + " |", "|---|---|---|---|---|"]
+    for name, runs in sorted(found.items(), key=lambda item: (item[0] != base, item[0])):
+        losses = [run.summary["val_next"] for run in runs]
+        difference = "" if name == base else str(paired(runs, found[base]))
+        lines.append(
+            f"| {name} | {runs[0].summary['parameters']:,} | {', '.join(f'{x:.4f}' for x in losses)} "
+            f"| {statistics.fmean(losses):.4f} | {difference} |"
+        )
+    return "\n".join(lines)
+
+
+def keep(source: str | Path, target: str | Path) -> int:
+    """Copy what is kept of the finished runs below `source` into `target`; returns how many there are."""
+    runs = [path.parent for path in sorted(Path(source).glob("*/summary.json"))]
+    for run in runs:
+        (Path(target) / run.name).mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            shutil.copyfile(run / name, Path(target) / run.name / name)
+    return len(runs)
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Which runs, against which."""
+
+    folder: tyro.conf.Positional[str]
+    """Folder of runs named <variant>-s<seed>."""
+    base: str = "plain"
+    """The variant that the others are paired with."""
+    keep_from: str | None = None
+    """First copy the finished runs of this folder here (config, log and summary; no weights)."""
+
+
+def main() -> None:
+    """Print the table."""
+    config = tyro.cli(CompareConfig, prog="python -m vwn_ref.experiments.compare", description=__doc__)
+    if config.keep_from is not None:
+        keep(config.keep_from, config.folder)
+    print(table(config.folder, config.base))
+
+
+if __name__ == "__main__":
+    main()
