@@ -7,7 +7,6 @@ import os
 
 import torch
 from torch import Tensor
-
 from vwn_ref.kernels import compiler, cpu_cpp, cpu_torch
 
 CHOICES = ("c++", "torch")
@@ -31,17 +30,23 @@ def of(m: int, n: int, slot_width: int, dtype: torch.dtype):
     return cpu_torch
 
 
+@torch.compiler.assume_constant_result
+def is_compiled(m: int, n: int, slot_width: int, dtype: torch.dtype) -> bool:
+    """True where the C++ kernels run for this shape. While tracing this is asked once, and compiles for real."""
+    return of(m, n, slot_width, dtype) is not cpu_torch
+
+
 def of_state(H: Tensor, m: int):
     """The raw operations for a state H [..., n, d_b]."""
     return of(m, H.shape[-2], H.shape[-1], H.dtype)
 
 
 def cpu_backend() -> str:
-    """"c++" where the compiled kernels run on this machine, "torch" where PyTorch operations stand in for them.
+    """ "c++" where the compiled kernels run on this machine, "torch" where PyTorch operations stand in for them.
 
     Compiles the smallest shape (a few seconds the first time; later calls and processes find it in the cache).
     """
-    return "torch" if of(1, 1, 4, torch.float32) is cpu_torch else "c++"
+    return "c++" if is_compiled(1, 1, 4, torch.float32) else "torch"
 
 
 @contextlib.contextmanager

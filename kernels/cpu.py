@@ -16,10 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-
-from vwn_ref import dynamic, ghc
 from vwn_ref.kernels import backend
 from vwn_ref.kernels.compiler import SCALARS
+
+from vwn_ref import dynamic, ghc
 
 LARGEST = 2**15  # elements of one token's state, and of its coefficients, that the kernels' tiles are meant for
 
@@ -237,6 +237,8 @@ def width(H: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     m = B.shape[0]
     _check("B", B, (m, n), "[m, n]")
     _check("A", A, (n, m + n), "[n, m+n]")
+    if not backend.is_compiled(m, n, d, H.dtype):
+        return ghc.width(H, A, B)  # one matrix for all tokens: PyTorch alone does no better than the reference
     x, carried = _static_width(H, A)
     return x, StaticState(B, carried)
 

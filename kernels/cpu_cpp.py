@@ -33,9 +33,7 @@ class Operations:
         self._call("ghc_dynamic_width", _tokens(H), *inputs, x, carried, Bt, eps=eps)
         return x, carried, Bt
 
-    def dynamic_width_backward(
-        self, H, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, eps, g_x, g_carried, g_Bt
-    ):
+    def dynamic_width_backward(self, H, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, eps, g_x, g_carried, g_Bt):
         """-> gradients of the eight tensors."""
         inputs = [_ready(t) for t in (H, A, B, W_alpha, W_beta, S_alpha, S_beta, gain)]
         gradients = [_ready(t) for t in (g_x, g_carried, g_Bt)]

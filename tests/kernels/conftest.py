@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from vwn_ref.kernels import cpu_backend_forced
+from vwn_ref.kernels.compiler import find_compiler
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler here")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_compilation():
+    """-O1: these tests compile some twenty shapes and time none of them. Kept beside the user's own objects."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VWN_REF_CXXFLAGS", "-O1")
+        yield
+
+
+@pytest.fixture(params=[pytest.param("c++", marks=needs_compiler), "torch"])
+def either_backend(request):
+    """The test runs twice: on the C++ kernels, and as on a machine without a compiler."""
+    with cpu_backend_forced(request.param):
+        yield request.param

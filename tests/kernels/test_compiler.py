@@ -1,0 +1,122 @@
+"""Compiling on first use: caches, damage, races, and no compiler at all."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+import textwrap
+import warnings
+
+import pytest
+import torch
+from conftest import needs_compiler
+from vwn_ref.kernels import compiler
+
+CHECK = """
+    import torch
+    from vwn_ref.dynamic import DynamicGHC
+    from vwn_ref.kernels import cpu_backend
+    ghcs = [DynamicGHC(4, 1, 1, kernels=k) for k in ("cpu", "reference")]
+    H, out = torch.randn(5, 1, 4), []
+    for ghc in ghcs:
+        torch.manual_seed(0)
+        for p in ghc.parameters():
+            torch.nn.init.normal_(p)
+        out.append(ghc(H, torch.tanh))
+    torch.testing.assert_close(*out)
+    print(cpu_backend())
+"""
+
+
+def _start(**environment) -> subprocess.Popen:
+    kept = {k: v for k, v in os.environ.items() if k not in ("CXX", "VWN_REF_CPU_BACKEND")}
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(CHECK)], env=kept | environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def fresh(tmp_path, monkeypatch):
+    """An empty cache, and a process that has loaded nothing and warned of nothing."""
+    monkeypatch.setenv("VWN_REF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(compiler, "_libraries", {})
+    monkeypatch.setattr(compiler, "_warned", False)
+    return tmp_path / "cache"
+
+
+def test_without_a_compiler_it_works_and_says_so_once(tmp_path):
+    process = _start(PATH="", VWN_REF_CACHE=str(tmp_path))
+    out, error = process.communicate()
+    assert process.returncode == 0, error
+    assert out.strip() == "torch"
+    assert error.count("RuntimeWarning: GHC runs on PyTorch operations, slower: no C++ compiler") == 1
+
+
+@needs_compiler
+def test_two_processes_compile_at_once(tmp_path):
+    processes = [_start(VWN_REF_CACHE=str(tmp_path)) for _ in range(2)]
+    for process in processes:
+        out, error = process.communicate()
+        assert process.returncode == 0 and "Warning" not in error, error
+        assert out.strip() == "c++"
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert len(names) == 1 and names[0].startswith("ghc_1_1_4_float"), names  # no temporary files left
+
+
+@needs_compiler
+def test_the_cache_is_private_and_used_again(fresh, monkeypatch):
+    assert compiler.library(1, 1, 4, torch.float32) is not None
+    assert stat.S_IMODE(fresh.stat().st_mode) == 0o700
+    (made,) = fresh.iterdir()
+    time = made.stat().st_mtime_ns
+    monkeypatch.setattr(compiler, "_libraries", {})
+    assert compiler.library(1, 1, 4, torch.float32) is not None
+    assert [p.stat().st_mtime_ns for p in fresh.iterdir()] == [time]
+
+
+@needs_compiler
+def test_a_damaged_object_is_made_again(fresh):
+    made = compiler._compile(1, 1, 4, "float")  # not loaded: a loader that has a path open does not look at it again
+    made.write_bytes(b"\x7fELF and nothing else")
+    assert compiler.library(1, 1, 4, torch.float32) is not None
+    assert made.stat().st_size > 1000
+
+
+def _falls_back(reason: str) -> None:
+    with pytest.warns(RuntimeWarning, match=reason):
+        assert compiler.library(1, 1, 4, torch.float32) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # one warning is enough
+        assert compiler.library(1, 1, 5, torch.float32) is None
+
+
+@needs_compiler
+def test_a_compiler_that_fails(fresh, monkeypatch):
+    monkeypatch.setenv("VWN_REF_CXXFLAGS", "-no-such-flag-anywhere")
+    _falls_back("no-such-flag-anywhere")
+    assert list(fresh.iterdir()) == []
+
+
+@needs_compiler
+def test_a_cache_that_others_may_write_is_not_trusted(fresh):
+    fresh.mkdir()
+    fresh.chmod(0o777)
+    _falls_back("writable by nobody else")
+
+
+@needs_compiler
+def test_a_cache_that_cannot_be_made(fresh, monkeypatch):
+    fresh.write_text("a file where the directory should be")
+    _falls_back("no cache directory")
+
+
+def test_nothing_is_compiled_at_import(tmp_path):
+    code = "import vwn_ref, vwn_ref.kernels.cpu; vwn_ref.DynamicGHC(8, 2, 3); from vwn_ref.kernels import compiler; "
+    code += "assert not compiler._libraries"
+    environment = os.environ | {"VWN_REF_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "cache").exists()
