@@ -27,6 +27,8 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #if !defined(GHC_M) || !defined(GHC_N) || !defined(GHC_D) || !defined(GHC_SCALAR)
 #error "define GHC_M, GHC_N, GHC_D (slot width d_b) and GHC_SCALAR (float or double)"
@@ -87,14 +89,45 @@ template <int L> INLINE Vec<L> load(const T* p) {
 }
 template <int L> INLINE void store(T* p, Vec<L> v) { std::memcpy(p, &v, sizeof v); }
 
-template <int L> INLINE T sum(Vec<L> v) {
-    if constexpr (L <= 2) {
-        return L == 1 ? v[0] : v[0] + v[1];
+using Integer = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+template <int L> struct BitsOf {
+    typedef Integer type __attribute__((vector_size(L * sizeof(T))));
+};
+
+#if defined(__clang__)
+#define SHUFFLE(L, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(L, a, b, ...) __builtin_shuffle(a, b, typename BitsOf<L>::type{__VA_ARGS__})
+#endif
+
+// Swaps the lanes of a that have bit W with the lanes of b that have not: one 2 × 2 step of a transposition.
+template <int L, int W, int... I> INLINE void butterfly(Vec<L>& a, Vec<L>& b, std::integer_sequence<int, I...>) {
+    const Vec<L> low = SHUFFLE(L, a, b, (I & W ? L + I - W : I)...);
+    const Vec<L> high = SHUFFLE(L, a, b, (I & W ? L + I : I + W)...);
+    a = low, b = high;
+}
+
+// Transposes L vectors in place.
+template <int L, int W = 1> INLINE void transpose(Vec<L> (&rows)[L]) {
+    if constexpr (W < L) {
+#pragma GCC unroll 16
+        for (int r = 0; r < L; ++r)
+            if (!(r & W)) butterfly<L, W>(rows[r], rows[r + W], std::make_integer_sequence<int, L>{});
+        transpose<L, 2 * W>(rows);
+    }
+}
+
+// out[r] = Σ of the lanes of rows[r], L of them together: the same steps, with an addition after each.
+template <int L, int W = 1> INLINE Vec<L> lane_sums(Vec<L> (&rows)[L]) {
+    if constexpr (W < L) {
+#pragma GCC unroll 16
+        for (int r = 0; r < L; r += 2 * W) {
+            butterfly<L, W>(rows[r], rows[r + W], std::make_integer_sequence<int, L>{});
+            rows[r] += rows[r + W];
+        }
+        return lane_sums<L, 2 * W>(rows);
     } else {
-        Vec<L / 2> low, high;  // halves: a fixed tree, log₂ L additions
-        std::memcpy(&low, &v, sizeof low);
-        std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
-        return sum<L / 2>(low + high);
+        return rows[0];
     }
 }
 
@@ -105,20 +138,14 @@ template <int L> INLINE T sum(Vec<L> v) {
 // small ones too (where 1 − 2/(e²ˣ + 1) cancels). NaN stays NaN; |x| beyond the clamp is ±1 exactly.
 template <class S> struct TanhConstants;
 template <> struct TanhConstants<float> {
-    using Bits = int32_t;
     static constexpr int degree = 7, mantissa = 23, bias = 127;
     static constexpr float clamp = 10.0f, shift = 12582912.0f;             // 1.5 · 2²³
     static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;  // 9 bits, and the rest
 };
 template <> struct TanhConstants<double> {
-    using Bits = int64_t;
     static constexpr int degree = 14, mantissa = 52, bias = 1023;
     static constexpr double clamp = 20.0, shift = 6755399441055744.0;      // 1.5 · 2⁵²
     static constexpr double ln2_high = 0.6931471803691238, ln2_low = 1.9082149292705877e-10;
-};
-
-template <int L> struct BitsOf {
-    typedef typename TanhConstants<T>::Bits type __attribute__((vector_size(L * sizeof(T))));
 };
 
 template <int L> INLINE Vec<L> tanh(Vec<L> x) {
@@ -208,10 +235,25 @@ INLINE void product(const T* a, const T* b, T* out, const T* start = nullptr) {
     });
 }
 
-// out[c·LDO + r] = in[r·LDI + c], R rows of C. 
-template <int R, int C, int LDI, int LDO> INLINE void transpose(const T* in, T* out) {
-    for (int r = 0; r < R; ++r)
-        for (int c = 0; c < C; ++c) out[c * LDO + r] = in[r * LDI + c];
+// tall [Dp, columns] = transpose of `first` rows of one array over those of another, [D] each at stride Dp; columns are
+// padded with zeros to whole vectors of LC lanes.
+template <int First, int Second, int LC> INLINE void transpose_tile(const T* first, const T* second, T* tall) {
+    constexpr int L = min(LD, LC), columns = round_up(First + Second, LC);
+#pragma GCC unroll 4
+    for (int k = 0; k < columns; k += L)
+        for (int d = 0; d < Dp; d += L) {
+            Vec<L> rows[L];
+#pragma GCC unroll 16
+            for (int r = 0; r < L; ++r) {
+                const int row = k + r;
+                rows[r] = row < First            ? load<L>(first + row * Dp + d)
+                          : row < First + Second ? load<L>(second + (row - First) * Dp + d)
+                                                 : Vec<L>{};
+            }
+            transpose<L>(rows);
+#pragma GCC unroll 16
+            for (int r = 0; r < L; ++r) store<L>(tall + (d + r) * columns + k, rows[r]);
+        }
 }
 
 // ------------------------------------------------------------------------------------------------ threads
@@ -330,18 +372,24 @@ static void lay_out(Parameters& p, const T* A, const T* B, const T* W_alpha, con
     p.eps = T(eps);
 }
 
+constexpr int kRows = round_up(TB * N, LD * LK);  // slots of a block, in whole vectors of either kind
+
 // rstd of every slot of a block, Eq. (12).
 INLINE void reciprocal_deviation(const T* h, T eps, T* rstd) {
-    for (int r = 0; r < TB * N; ++r) {
-        Vec<LD> squares = {};
+    for (int r0 = 0; r0 < TB * N; r0 += LD) {
+        Vec<LD> squares[LD] = {};
 #pragma GCC unroll 16
-        for (int v = 0; v < Dp; v += LD) {
-            const Vec<LD> x = load<LD>(h + r * Dp + v);
-            squares += x * x;
+        for (int r = 0; r < LD; ++r) {
+            if (r0 + r >= TB * N) break;
+            for (int v = 0; v < Dp; v += LD) {
+                const Vec<LD> x = load<LD>(h + (r0 + r) * Dp + v);
+                squares[r] += x * x;
+            }
         }
-        rstd[r] = sum<LD>(squares);
+        const Vec<LD> mean = lane_sums<LD>(squares) / T(D) + eps;
+        store<LD>(rstd + r0, mean);
     }
-    for (int r = 0; r < TB * N; ++r) rstd[r] = T(1) / std::sqrt(rstd[r] / T(D) + eps);
+    for (int r = 0; r < TB * N; ++r) rstd[r] = T(1) / std::sqrt(rstd[r]);
 }
 
 static void width_forward_chunk(const Parameters& p, const T* H, T* x, T* carried, T* Bt, Index first, Index last) {
@@ -349,7 +397,7 @@ static void width_forward_chunk(const Parameters& p, const T* H, T* x, T* carrie
     TILE(x_tile, TB * M * Dp);
     TILE(c_tile, TB * N * Dp);
     TILE(coef, TB * N * Kp);
-    TILE(rstd, TB * N);
+    TILE(rstd, kRows);
     for (Index t0 = first; t0 < last; t0 += TB) {
         const int count = last - t0 < TB ? int(last - t0) : TB;
         const T* h = tile_in<N>(H, t0, count, h_tile);
@@ -395,11 +443,10 @@ static void width_backward_chunk(const Parameters& p, const T* H, const T* gx, c
     TILE(o_tile, TB * N * Dp);
     TILE(coef, TB * N * Kp);   // H W, then C
     TILE(error, TB * N * Kp);  // E, then e
-    TILE(g_tall, D * MNp);     // Gᵀ of one token
-    TILE(rstd, TB * N);
-    TILE(pull, TB * N);        // −rstd²/d_b · Σ_k e · HW
+    TILE(g_tall, Dp * MNp);    // Gᵀ of one token
+    TILE(rstd, kRows);
+    TILE(pull, TB * N * LK);   // lanes of Σ_k e · HW, then −rstd²/d_b times their sum
     std::memset(&sums, 0, sizeof sums);
-    std::memset(g_tall, 0, sizeof g_tall);
     for (Index t0 = first; t0 < last; t0 += TB) {
         const int count = last - t0 < TB ? int(last - t0) : TB;
         const T* h = tile_in<N>(H, t0, count, h_tile);
@@ -409,14 +456,12 @@ static void width_backward_chunk(const Parameters& p, const T* H, const T* gx, c
         product<TB * N, Kp / LK, D, Dp, 1, Kp, Kp, LK>(h, p.wide, coef);
         if (Kp > MNp || count < TB) std::memset(error, 0, sizeof error);
         for (int t = 0; t < count; ++t) {
-            transpose<M, D, Dp, MNp>(x + t * M * Dp, g_tall);
-            transpose<N, D, Dp, MNp>(c + t * N * Dp, g_tall + M);
+            transpose_tile<M, N, LK>(x + t * M * Dp, c + t * N * Dp, g_tall);
             product<N, MNp / LK, D, Dp, 1, MNp, Kp, LK>(h + t * N * Dp, g_tall, error + t * N * Kp);
             for (int i = 0; i < N; ++i)
                 std::memcpy(error + (t * N + i) * Kp + MN, gBt + ((t0 + t) * N + i) * M, sizeof(T) * M);
         }
         for (int i = 0; i < N; ++i) {
-            for (int t = 0; t < count; ++t) pull[t * N + i] = 0;
             for (int v = 0; v < Kp; v += LK) {
                 const Vec<LK> scale = load<LK>(p.scale + i * Kp + v), fixed = load<LK>(p.fixed + i * Kp + v);
                 Vec<LK> g_scale = load<LK>(sums.scale + i * Kp + v), g_fixed = load<LK>(sums.fixed + i * Kp + v);
@@ -430,12 +475,18 @@ static void width_backward_chunk(const Parameters& p, const T* H, const T* gx, c
                     store<LK>(cp, scale * th + fixed);
                     const Vec<LK> e = E * scale * (T(1) - th * th) * rstd[row];
                     store<LK>(ep, e);
-                    pull[row] += sum<LK>(e * hw);
+                    store<LK>(pull + row * LK, v ? load<LK>(pull + row * LK) + e * hw : e * hw);
                 }
                 store<LK>(sums.scale + i * Kp + v, g_scale);
                 store<LK>(sums.fixed + i * Kp + v, g_fixed);
             }
-            for (int t = 0; t < count; ++t) pull[t * N + i] *= -rstd[t * N + i] * rstd[t * N + i] / T(D);
+        }
+        for (int r0 = 0; r0 < count * N; r0 += LK) {
+            Vec<LK> lanes[LK];
+#pragma GCC unroll 16
+            for (int r = 0; r < LK; ++r) lanes[r] = r0 + r < count * N ? load<LK>(pull + (r0 + r) * LK) : Vec<LK>{};
+            const Vec<LK> deviation = load<LK>(rstd + r0);
+            store<LK>(pull + r0, lane_sums<LK>(lanes) * deviation * deviation / T(-D));
         }
         T* out = tile_out<N>(gH, t0, count, o_tile);
         for (int t = 0; t < count; ++t) {
@@ -495,7 +546,7 @@ static void depth_backward_chunk(const T* z, DepthMatrix<Shared> B, const T* g, 
     TILE(z_tile, TB * M * Dp);
     TILE(g_tile, TB * N * Dp);
     TILE(o_tile, TB * M * Dp);
-    TILE(z_tall, D * Mp) = {};
+    TILE(z_tall, Dp * Mp);
     TILE(b_tile, N * Mp) = {};
     for (Index t0 = first; t0 < last; t0 += TB) {
         const int count = last - t0 < TB ? int(last - t0) : TB;
@@ -505,7 +556,7 @@ static void depth_backward_chunk(const T* z, DepthMatrix<Shared> B, const T* g, 
         for (int t = 0; t < count; ++t) {
             const T* g_token = gt + t * N * Dp;
             product<M, Dp / LD, N, B.AK, B.AR, Dp, Dp, LD>(B.of(t0 + t), g_token, ot + t * M * Dp);
-            transpose<M, D, Dp, Mp>(zt + t * M * Dp, z_tall);
+            transpose_tile<M, 0, LM>(zt + t * M * Dp, nullptr, z_tall);
             product<N, Mp / LM, D, Dp, 1, Mp, Mp, LM>(g_token, z_tall, b_tile, Shared ? b_tile : nullptr);
             if constexpr (!Shared)
                 for (int i = 0; i < N; ++i) std::memcpy(gBt + ((t0 + t) * N + i) * M, b_tile + i * Mp, sizeof(T) * M);
@@ -543,7 +594,7 @@ static void static_width_backward_chunk(const T* H, const T* A, const T* gx, con
     TILE(x_tile, TB * M * Dp);
     TILE(c_tile, TB * N * Dp);
     TILE(o_tile, TB * N * Dp);
-    TILE(g_tall, D * MNp) = {};
+    TILE(g_tall, Dp * MNp);
     std::memset(gA, 0, sizeof(T) * N * MNp);
     for (Index t0 = first; t0 < last; t0 += TB) {
         const int count = last - t0 < TB ? int(last - t0) : TB;
@@ -552,8 +603,7 @@ static void static_width_backward_chunk(const T* H, const T* A, const T* gx, con
         const T* c = tile_in<N>(gc, t0, count, c_tile);
         T* out = tile_out<N>(gH, t0, count, o_tile);
         for (int t = 0; t < count; ++t) {
-            transpose<M, D, Dp, MNp>(x + t * M * Dp, g_tall);
-            transpose<N, D, Dp, MNp>(c + t * N * Dp, g_tall + M);
+            transpose_tile<M, N, LK>(x + t * M * Dp, c + t * N * Dp, g_tall);
             product<N, MNp / LK, D, Dp, 1, MNp, MNp, LK>(h + t * N * Dp, g_tall, gA, gA);
             T* o = out + t * N * Dp;
             product<N, Dp / LD, M, MN, 1, Dp, Dp, LD>(A, x + t * M * Dp, o);
