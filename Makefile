@@ -1,5 +1,11 @@
 # Everything below works in a fresh clone: the first target that needs packages makes .venv and installs them.
 # Recipes call Python and nothing else, so that they run under sh and under cmd.exe alike.
+#
+# Without make (on Windows .venv\Scripts\python in place of .venv/bin/python):
+#     python3 -m venv .venv
+#     .venv/bin/python -m pip install -r requirements.txt
+#     .venv/bin/python -m jupyterlab notebooks/00_tour.ipynb
+#     .venv/bin/python -m pytest @tests/notebooks/nbval.args tests notebooks
 
 ifeq ($(OS),Windows_NT)
   PYTHON ?= python
