@@ -228,13 +228,14 @@ def train(config: TrainConfig) -> TrainResult:
     damaged checkpoint; FloatingPointError if the loss is no longer finite; Stopped after Ctrl-C or SIGTERM, with a
     checkpoint written where there is a folder.
     """
-    with joined_world(config.device) as world, torch_settings(config.seed, config.threads, world.device):
+    with joined_world(config.device) as world, torch_settings(config.threads, world.device):
         check_share(config, world)
         folder = None if config.out is None else Path(config.out).expanduser()
         run = Run(folder, dataclasses.asdict(config))
         run.check(config.resume)
         if run.finished:
-            note(f"{folder}: this run is finished")
+            if config.progress:
+                note(f"{folder}: this run is finished")
             return load_result(folder)
         corpus = load_corpus(config.data)
         check_corpus(corpus, config)
@@ -251,6 +252,7 @@ def train(config: TrainConfig) -> TrainResult:
 
 def train_loop(config: TrainConfig, corpus: Corpus, world: World, run: Run, signals: Signals) -> TrainResult:
     """Steps, log, validation and checkpoints; see `train`."""
+    torch.manual_seed(config.seed)
     model = VWNTransformer(config.model).to(world.device)
     optimizer = torch.optim.AdamW(
         model.parameter_groups(config.weight_decay),
@@ -273,7 +275,8 @@ def train_loop(config: TrainConfig, corpus: Corpus, world: World, run: Run, sign
         first, since, clock = state["step"], state["since"], Clock(state["seconds"])
     if config.resume and world.rank == 0:
         run.cut_log()
-        note(f"{run.folder}: goes on at step {first} of {config.steps}")
+        if config.progress:
+            note(f"{run.folder}: goes on at step {first} of {config.steps}")
 
     def save(step: int) -> None:
         world.mean(sums)

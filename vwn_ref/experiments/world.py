@@ -68,8 +68,8 @@ def joined_world(device: str) -> Iterator[World]:
 
 
 @contextlib.contextmanager
-def torch_settings(seed: int, threads: int | None, device: torch.device) -> Iterator[None]:
-    """Threads, deterministic operations, random state: set here, and put back at the end."""
+def torch_settings(threads: int | None, device: torch.device) -> Iterator[None]:
+    """Threads and deterministic operations, set here; they and the random state are put back at the end."""
     threads_before = torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -83,7 +83,6 @@ def torch_settings(seed: int, threads: int | None, device: torch.device) -> Iter
             torch.utils.deterministic.fill_uninitialized_memory = False  # a help in finding bugs, at a cost
             if device.type == "cuda" and cublas is None:
                 os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # else matrix products may differ
-            torch.manual_seed(seed)
             yield
         finally:
             torch.set_num_threads(threads_before)
