@@ -1,0 +1,51 @@
+"""What README.md says is so: its examples run, its links lead somewhere, the names in its tables exist."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_examples_run(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+    assert len(blocks) == 2
+    scope: dict = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), scope)
+    expected = re.search(r"print\(.*\)  # (.*)", blocks[0]).group(1)
+    assert capsys.readouterr().out.strip() == expected
+    assert scope["H"].shape == (2, 10, 8, 16)
+
+
+def test_commands_parse():
+    """Every training command line in README is one that the program takes."""
+    from vwn_ref.experiments.train import parse
+
+    lines = re.findall(r"-m vwn_ref\.experiments\.train ([^#\n]*)", TEXT)
+    assert len(lines) >= 3
+    for line in lines:
+        assert parse(line.split()).steps > 0
+
+
+@pytest.mark.parametrize("page", ["README.md", "notebooks/paper_notes.md", "figures/README.md"])
+def test_links_lead_to_files(page):
+    path = ROOT / page
+    links = re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8"))
+    for link in links:
+        if not link.startswith("http"):
+            assert (path.parent / link).exists(), link
+
+
+def test_names_in_the_equation_table_exist():
+    rows = [row.split("|") for row in TEXT.split("## From equation to code")[1].split("\n## ")[0].splitlines()]
+    rows = [row for row in rows if len(row) == 5 and "`" in row[3]]
+    assert len(rows) >= 10
+    for *_, where, _ in rows:
+        file, *names = re.findall(r"`([^`]+)`", where)
+        module = importlib.import_module(f"vwn_ref.{Path(file).stem}")
+        for name in names:
+            assert hasattr(module, name.split("(")[0]), (file, name)
