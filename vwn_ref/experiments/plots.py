@@ -1,13 +1,24 @@
-"""One look for every picture, in the notebooks and under figures/."""
+"""One look for every picture, in the notebooks and under figures/.
+
+`python -m vwn_ref.experiments.plots` redraws figures/*.png from the numbers kept in figures/data.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 
 import matplotlib as mpl
+import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+
+from vwn_ref.experiments.compare import load_runs
+from vwn_ref.experiments.storage import write_whole
 
 # Okabe and Ito's palette: told apart with any kind of colour vision. Black is kept for the plain model.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
@@ -121,3 +132,84 @@ def wiring(ax: Axes, A: object, B: object, *, title: str = "") -> None:
             ax.text(x + (0.09 if side == "left" else -0.09), y, f"{name}{k}", ha=side, va="center", fontsize=8)
     ax.set(title=title, xlim=(left - 0.6, right + 0.6), ylim=(-n + 0.5, m + 1.7))
     ax.axis("off")
+
+
+def schematic(ax: Axes, title: str, *, state: float, layer: float, n: int = 1, m: int = 1) -> None:
+    """Draw one block from the embedding up: widths to scale, the state cut into n slots, the layer into m segments.
+
+    Args:
+        state, layer: widths of the state and of attention and FFN, in units of D.
+    """
+
+    def box(y: float, width: float, pieces: int, label: str, colour: str) -> None:
+        for k in range(pieces):
+            left = -width / 2 + k * width / pieces
+            ax.add_patch(mpl.patches.Rectangle((left, y), width / pieces, 0.5, fc=colour, ec="white", lw=1))
+        ax.text(0, y + 0.25, label, ha="center", va="center", fontsize=7, bbox={"fc": colour, "ec": "none", "pad": 0.5})
+
+    def join(y: float, below: float, above: float, label: str) -> None:
+        if below == above:
+            ax.annotate("", (0, y + 0.5), (0, y), arrowprops={"arrowstyle": "->", "color": "0.35"})
+            return
+        corners = [(-below / 2, y + 0.04), (below / 2, y + 0.04), (above / 2, y + 0.46), (-above / 2, y + 0.46)]
+        ax.add_patch(mpl.patches.Polygon(corners, fc="0.9", ec="0.6", lw=0.8))
+        ax.text(0, y + 0.25, label, ha="center", va="center", fontsize=8)
+
+    wide, backbone = COLOURS[5], COLOURS[4]
+    names = ("embedding", "attention", "state", "FFN", "state")
+    for level, name in enumerate(names):
+        of_state = level % 2 == 0
+        box(level, state if of_state else layer, n if of_state else m, name, wide if of_state else backbone)
+    for level, label in enumerate(("read Å", "write B", "read Å", "write B")):
+        ends = (state, layer) if level % 2 == 0 else (layer, state)
+        join(level + 0.5, *ends, label)
+    for level in (0, 2):
+        arrow = {"arrowstyle": "->", "color": "0.35", "connectionstyle": "bar,fraction=-0.1"}
+        ax.annotate("", (-state / 2, level + 2.15), (-state / 2, level + 0.35), arrowprops=arrow)
+        ax.text(-state / 2 - 0.26, level + 1.25, "+" if n == m else "Â", ha="right", va="center", fontsize=9)
+    join(4.5, state, layer, "reduce")
+    box(5, layer, 1, "unembedding", "0.85")
+    ax.set(xlim=(-1.75, 1.15), ylim=(-0.1, 5.6), title=title)
+    ax.axis("off")
+
+
+def overview(data: Path) -> Figure:
+    """The README's picture: the idea, and what the first runs gave (`data`/first_training, see figures/README.md)."""
+    fig, axes = plt.subplots(1, 4, figsize=(11, 4.2), width_ratios=(1, 1, 1, 1.5))
+    schematic(axes[0], "plain: all D wide", state=1, layer=1)
+    schematic(axes[1], "wider: all 2D, 4× the work", state=2, layer=2)
+    schematic(axes[2], "VWN: state 2D, layers D", state=2, layer=1, n=8, m=4)
+    runs = load_runs(data / "first_training")
+    ax = axes[3]
+    shown = [("r2", "VWN, r = 2", 0), ("r4", "VWN, r = 4", 1)]
+    for name, label, colour in (entry for entry in shown if entry[0] in runs):
+        base = {run.seed: run.curve() for run in runs["plain"]}
+        curves = [np.subtract(run.curve()[1], base[run.seed][1]) for run in runs[name]]
+        tokens = np.array(runs[name][0].curve()[0]) / 1e6
+        for curve in curves:
+            ax.plot(tokens, curve, color=COLOURS[colour], linewidth=0.7, alpha=0.6)
+        ax.plot(tokens, np.mean(curves, axis=0), color=COLOURS[colour], marker=MARKERS[colour], ms=4, label=label)
+    ax.axhline(0, color=PLAIN, linewidth=1, label="plain Transformer, same seed")
+    ax.set(xlabel="training tokens (millions)", ylabel="validation loss − plain (nats a token)")
+    ax.set_title("first runs, D = 32: mean and single seeds")
+    ax.legend(fontsize=8)
+    return fig
+
+
+def main() -> None:
+    """Redraw every figure of this repository; run from its top folder."""
+    figures = Path("figures")
+    if not (figures / "data").is_dir():
+        sys.exit("error: no folder figures/data here: run this in the top folder of the repository")
+    mpl.use("Agg")
+    style()
+    for draw in (overview,):
+        path = figures / f"{draw.__name__}.png"
+        picture = draw(figures / "data")
+        # without Matplotlib's version in it the same numbers give the same file
+        write_whole(path, partial(picture.savefig, format="png", metadata={"Software": None}))
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
