@@ -1,5 +1,7 @@
 """Algorithm 1 as a whole."""
 
+import copy
+import pickle
 import subprocess
 import sys
 
@@ -118,6 +120,14 @@ def test_weight_decay_rule():
     )
     with_static = model.parameter_groups(0.1, decay_static=True)[0]["params"]
     assert {names[id(p)] for p in with_static} - decayed == {n for n in names.values() if n.split(".")[-1] in "AB"}
+
+
+@pytest.mark.parametrize("kernels", ["reference", "auto", "cpu"])
+def test_copies_and_pickles(kernels):
+    model = randomise(build(m=2, n=4, kernels=kernels))
+    tokens = torch.randint(0, 50, (2, 9))
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(tokens), model(tokens))
 
 
 def test_generate():

@@ -38,4 +38,6 @@ def select(kernels: str):
         )
     from vwn_ref.kernels import cpu  # which stands on the reference
 
-    return cpu  # tensors that it is not made for it hands to the reference, one by one
+    # Tensors that it is not made for it hands to the reference, one by one. Not the module itself: a model holds this,
+    # and modules can be neither copied nor pickled.
+    return SimpleNamespace(width=cpu.width, dynamic_width=cpu.dynamic_width, depth=cpu.depth)

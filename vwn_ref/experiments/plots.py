@@ -159,7 +159,7 @@ def schematic(ax: Axes, title: str, *, state: float, layer: float, n: int = 1, m
     names = ("embedding", "attention", "state", "FFN", "state")
     for level, name in enumerate(names):
         of_state = level % 2 == 0
-        box(level, state if of_state else layer, n if of_state else m, name, wide if of_state else backbone)
+        box(float(level), state if of_state else layer, n if of_state else m, name, wide if of_state else backbone)
     for level, label in enumerate(("read Å", "write B", "read Å", "write B")):
         ends = (state, layer) if level % 2 == 0 else (layer, state)
         join(level + 0.5, *ends, label)
@@ -168,7 +168,7 @@ def schematic(ax: Axes, title: str, *, state: float, layer: float, n: int = 1, m
         ax.annotate("", (-state / 2, level + 2.15), (-state / 2, level + 0.35), arrowprops=arrow)
         ax.text(-state / 2 - 0.26, level + 1.25, "+" if n == m else "Â", ha="right", va="center", fontsize=9)
     join(4.5, state, layer, "reduce")
-    box(5, layer, 1, "unembedding", "0.85")
+    box(5.0, layer, 1, "unembedding", "0.85")
     ax.set(xlim=(-1.75, 1.15), ylim=(-0.1, 5.6), title=title)
     ax.axis("off")
 
@@ -176,9 +176,9 @@ def schematic(ax: Axes, title: str, *, state: float, layer: float, n: int = 1, m
 def overview(data: Path) -> Figure:
     """The README's picture: the idea, and what the first runs gave (`data`/first_training, see figures/README.md)."""
     fig, axes = plt.subplots(1, 4, figsize=(11, 4.2), width_ratios=(1, 1, 1, 1.5))
-    schematic(axes[0], "plain: all D wide", state=1, layer=1)
-    schematic(axes[1], "wider: all 2D, 4× the work", state=2, layer=2)
-    schematic(axes[2], "VWN: state 2D, layers D", state=2, layer=1, n=8, m=4)
+    schematic(axes[0], "plain: all D wide", state=1.0, layer=1.0)
+    schematic(axes[1], "wider: all 2D, 4× the work", state=2.0, layer=2.0)
+    schematic(axes[2], "VWN: state 2D, layers D", state=2.0, layer=1.0, n=8, m=4)
     runs = load_runs(data / "first_training")
     ax = axes[3]
     shown = [("r2", "VWN, r = 2", 0), ("r4", "VWN, r = 4", 1)]

@@ -263,6 +263,7 @@ def train_loop(config: TrainConfig, corpus: Corpus, world: World, run: Run, sign
     sums = torch.zeros(len(PART), device=world.device)  # of the losses since the last line of the log
     since = 0  # steps in `sums`
     first, clock = 0, Clock()
+    commit = git_commit()  # of the code that runs, whatever is committed while it does
     tokens_per_step = config.batch_size * config.seq_len
 
     kept = run.load() if config.resume else None
@@ -328,7 +329,7 @@ def train_loop(config: TrainConfig, corpus: Corpus, world: World, run: Run, sign
     finally:
         progress.close()
 
-    summary = summarise(config, corpus, world, model, run.log, clock.seconds)
+    summary = summarise(config, corpus, world, model, run.log, clock.seconds, commit)
     run.finish(model.state_dict(), summary)
     world.wait()  # nobody leaves before the summary is written
     return TrainResult(model.eval(), run.log, summary)
@@ -392,7 +393,7 @@ def weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix("model/"): x for name, x in tensors.items() if name.startswith("model/")}
 
 
-def summarise(config, corpus: Corpus, world: World, model: nn.Module, log: list[dict], seconds: float) -> dict:
+def summarise(config, corpus: Corpus, world: World, model: nn.Module, log: list[dict], seconds: float, commit) -> dict:
     """What summary.json says."""
     tokens = config.steps * config.batch_size * config.seq_len
     return {
@@ -409,7 +410,7 @@ def summarise(config, corpus: Corpus, world: World, model: nn.Module, log: list[
         "platform": platform.platform(),
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in ("vwn_ref", "torch", "numpy", "tokenizers")},
-        "git": git_commit(),
+        "git": commit,
     }
 
 
