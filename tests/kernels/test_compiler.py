@@ -113,6 +113,37 @@ def test_a_cache_that_cannot_be_made(fresh, monkeypatch):
     _falls_back("no cache directory")
 
 
+@needs_compiler
+def test_a_cache_that_cannot_be_written(fresh, monkeypatch):
+    def refuse(*arguments, **options):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(compiler.tempfile, "mkstemp", refuse)
+    _falls_back("Read-only file system")
+
+
+@needs_compiler
+def test_no_home_at_all(fresh, monkeypatch):
+    def nobody(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("VWN_REF_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(compiler.Path, "expanduser", nobody)
+    _falls_back("Could not determine home")
+
+
+@needs_compiler
+@pytest.mark.parametrize("chosen", [".", "~/größe mit leerzeichen"])
+def test_where_the_cache_may_be(fresh, monkeypatch, chosen):
+    fresh.mkdir(mode=0o700)
+    monkeypatch.chdir(fresh)
+    monkeypatch.setenv("HOME", str(fresh))
+    monkeypatch.setenv("VWN_REF_CACHE", chosen)
+    assert compiler.library(1, 1, 4, torch.float32) is not None
+    assert len(list(fresh.rglob("ghc_1_1_4_float_*.so"))) == 1 and not (fresh / "~").exists()
+
+
 def test_nothing_is_compiled_at_import(tmp_path):
     code = "import vwn_ref, vwn_ref.kernels.cpu; vwn_ref.DynamicGHC(8, 2, 3); from vwn_ref.kernels import compiler; "
     code += "assert not compiler._libraries"

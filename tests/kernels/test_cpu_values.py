@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import helpers
 import pytest
 import torch
@@ -119,6 +121,19 @@ def test_nan_and_infinity_stay_in_their_token(either_backend):
         out = torch.cat([x, cpu.depth(case.z, state).flatten(1)], dim=1)
         fine = torch.arange(40) != 17
         assert out[fine].isfinite().all() and not out[17].isfinite().all()
+
+
+def test_nan_and_infinite_parameters_show_where_the_reference_shows_them(either_backend):
+    case = helpers.case(2, 3, 32, (40,), torch.float32)
+    for index, bad in itertools.product(range(1, 8), (float("nan"), float("inf"))):
+        inputs = [t.clone() for t in case.inputs]
+        inputs[index].view(-1)[1] = bad
+        outputs = []
+        for ops in (cpu, helpers.Reference):
+            x, state = ops.dynamic_width(*inputs, helpers.EPS)
+            outputs.append((x.isfinite(), ops.depth(case.z, state).isfinite()))
+        name = helpers.NAMES[index]
+        assert all(torch.equal(*pair) for pair in zip(*outputs, strict=True)), f"{name} = {bad}"
 
 
 def test_zero_state_with_epsilon_zero_in_a_short_last_block():
