@@ -67,11 +67,13 @@ def find_compiler() -> tuple[str, ...] | None:
 def cache_dir() -> Path:
     """The cache directory, made with mode 0700. Raises Unavailable where it belongs to somebody else."""
     chosen = os.environ.get("VWN_REF_CACHE")
-    path = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vwn_ref"
+    path = Path(chosen or os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    path = path if chosen else path / "vwn_ref"
     try:
+        path = path.expanduser().absolute()  # a bare file name would be searched on the library path
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = path.stat()
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
         raise Unavailable(f"no cache directory {path}: {error}") from error
     if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
         raise Unavailable(f"cache directory {path}: must be yours and writable by nobody else; set VWN_REF_CACHE")
@@ -92,7 +94,7 @@ def _machine() -> str:
 
 def _run(command: list[str]) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT)
     except (OSError, subprocess.SubprocessError) as error:
         raise Unavailable(f"{command[0]}: {error}") from error
     if done.returncode:
@@ -163,7 +165,7 @@ def library(m: int, n: int, d: int, dtype: torch.dtype) -> ctypes.CDLL | None:
         if key not in _libraries:
             try:
                 _libraries[key] = _build(m, n, d, dtype)
-            except Unavailable as reason:
+            except (Unavailable, OSError) as reason:  # OSError: a cache that cannot be written
                 _libraries[key] = None
                 if not _warned:
                     _warned = True

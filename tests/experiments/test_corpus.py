@@ -2,8 +2,11 @@
 
 import gzip
 import json
+import os
+import random
 import shutil
 import socket
+import stat
 from dataclasses import replace
 
 import numpy as np
@@ -251,6 +254,27 @@ def test_bad_files(tmp_path, name, content, message):
         load_corpus(DataConfig(files=(str(tmp_path / name),)))
 
 
+WHOLE = gzip.compress(random.Random(0).randbytes(9000).hex().encode())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("b.txt", b"\xff\xfe", "b.txt must be UTF-8 text"),
+        ("b.txt.gz", gzip.compress(b"\xff\xfe"), "b.txt.gz must be UTF-8 text"),
+        ("b.txt.gz", WHOLE[:-500], "b.txt.gz must be a whole gzip file: Compressed file ended"),
+        ("b.txt.gz", WHOLE[:3000] + bytes(500) + WHOLE[3500:], "b.txt.gz must be a whole gzip file"),
+        ("b.txt.gz", b"not gzipped", "b.txt.gz must be a whole gzip file: Not a gzipped file"),
+        ("b.jsonl.gz", WHOLE[:-500], "b.jsonl.gz must be a whole gzip file"),
+    ],
+)
+def test_the_bad_file_of_several_is_named(tmp_path, name, content, message):
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"a good one"))
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_corpus(DataConfig(files=(str(tmp_path),)))
+
+
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"data.files: '.*\*.txt' must name a file"):
         load_corpus(DataConfig(files=(str(tmp_path / "*.txt"),)))
@@ -283,6 +307,16 @@ def test_cache_folder_is_chosen(tmp_path, monkeypatch, config):
     assert data.cache_folder(config) == tmp_path / "b"
     monkeypatch.delenv(data.CACHE_VARIABLE)
     assert "vwn_ref" in data.cache_folder(config).parts
+
+
+def test_a_new_cache_is_its_owners_alone(tmp_path, config):
+    """It holds compiled kernels too, which are not loaded from a folder that the group may write to."""
+    before = os.umask(0o002)
+    try:
+        load_corpus(replace(config, cache_dir=str(tmp_path / "new")))
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o700
 
 
 def flip(path):

@@ -1,5 +1,6 @@
 """A run that was killed, stopped or tampered with."""
 
+import dataclasses
 import os
 import random
 import signal
@@ -264,14 +265,36 @@ def test_a_bit_flip_anywhere_is_seen_or_harmless(half):
 
 def test_two_processes_in_one_folder(half):
     config, _ = half
-    run = module.Run(Path(config.out), {})
-    run.open("{}")
+    run = module.Run(Path(config.out), dataclasses.asdict(config))
+    run.open("{}", resume=True)
     try:
         with pytest.raises(RuntimeError, match="another process is training in this folder"):
             train(config)
     finally:
         run.close()
     train(config)
+
+
+def test_a_run_that_appeared_after_the_first_look(tiny, unbroken, tmp_path, monkeypatch):
+    """Reading the corpus takes a while: another process may start and finish a run meanwhile. It is not touched."""
+    config = tiny(out=str(tmp_path / "run"))
+    load = module.load_corpus
+
+    def slow(data):
+        monkeypatch.setattr(module, "load_corpus", load)
+        train(config)
+        return load(data)
+
+    monkeypatch.setattr(module, "load_corpus", slow)
+    with pytest.raises(FileExistsError, match="holds a finished run"):
+        train(config)
+    assert (tmp_path / "run" / "log.jsonl").read_bytes() == unbroken[1]["log.jsonl"]
+
+
+def test_a_checkpoint_that_cannot_be_written(tmp_path):
+    """Safetensors has an exception of its own for that; the command line knows OSError."""
+    with pytest.raises(OSError, match=r"gone.x\.safetensors cannot be written"):
+        checkpoint.save(tmp_path / "gone" / "x.safetensors", {"a": torch.zeros(3)}, {})
 
 
 def test_no_pickle():

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 import sys
 from dataclasses import replace
 
@@ -271,6 +272,27 @@ def test_weights_of_another_model(tiny, finished, tmp_path):
     )
     with pytest.raises(CheckpointError, match=r"holds another model than its config.json describes"):
         load_run(other.out)
+
+
+@pytest.mark.parametrize("name", ["config.json", "log.jsonl", "summary.json", "tokenizer.json", "weights.safetensors"])
+@pytest.mark.parametrize("harm", ["cut", "[]"])
+def test_a_damaged_file_is_named(finished, tmp_path, name, harm):
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0].out, folder)
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[: len(content) // 2] if harm == "cut" else harm.encode())
+    if (name, harm) not in (("log.jsonl", "[]"), ("summary.json", "[]")):  # valid JSON, and nothing is read from it
+        with pytest.raises(ValueError, match=re.escape(str(folder / name))):
+            module.load_result(folder)
+
+
+def test_a_config_of_another_version(finished, tmp_path):
+    shutil.copytree(finished[0].out, tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    for change in ({"from_the_future": 1}, {"model": {"width": 3}}, {"data": {}}):
+        path.write_text(json.dumps(dataclasses.asdict(finished[0]) | change))
+        with pytest.raises(CheckpointError, match=r"config\.json is damaged, or of another version"):
+            load_run(path.parent)
 
 
 # ---------------------------------------------------------------------------------------------- command line

@@ -24,7 +24,10 @@ def save(path: Path, tensors: dict[str, Tensor], state: dict) -> None:
     about = {"state": state, "sha256": digest(tensors, state)}
     # One metadata entry: the order of several is not fixed, and equal checkpoints should be equal files.
     metadata = {"vwn_ref": json.dumps(about, sort_keys=True)}
-    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
+    try:
+        write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
+    except SafetensorError as error:  # how the library tells of a full disk or a folder that is gone
+        raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict]:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import tyro
 
-from vwn_ref.experiments.run import fixed_fields
+from vwn_ref.experiments.run import fixed_fields, read_json
 
 FILES = ("config.json", "log.jsonl", "summary.json")  # what is kept of a run: no weights, no checkpoint
 
@@ -75,8 +75,7 @@ def load_runs(folder: str | Path) -> dict[str, list[KeptRun]]:
         name = path.parent.name.rpartition("-s")[0]
         if not name:
             raise ValueError(f"{path.parent}: must be named <variant>-s<seed>")
-        log = [json.loads(line) for line in (path.parent / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-        config, summary = (json.loads((path.parent / f).read_text(encoding="utf-8")) for f in (FILES[0], FILES[2]))
+        config, log, summary = (read_json(path.parent / name) for name in FILES)
         found.setdefault(name, []).append(KeptRun(name, config, log, summary))
     if not found:
         raise FileNotFoundError(f"{folder}: must hold folders <variant>-s<seed> of finished runs")

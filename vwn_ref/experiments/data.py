@@ -10,12 +10,14 @@ or validation by the hash of its content: adding documents moves none, and equal
 from __future__ import annotations
 
 import glob
+import gzip
 import hashlib
 import importlib.metadata
 import itertools
 import json
 import os
 import sysconfig
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +39,7 @@ LARGEST_VOCABULARY = 2**20
 NOT_LIBRARY = {"__pycache__", "site-packages", "dist-packages", "encodings", "pydoc_data", "ensurepip"}
 NOT_LIBRARY |= {"idlelib", "lib2to3", "turtledemo"}
 TESTS = {"test", "tests", "idle_test"}
+BROKEN_GZIP = (EOFError, zlib.error, gzip.BadGzipFile)
 
 
 @dataclass(frozen=True)
@@ -134,8 +137,11 @@ def decode(tokenizer: Tokenizer, tokens: Sequence[int] | np.ndarray) -> str:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """A tokenizer kept by `load_corpus` or by a run."""
-    tokenizer = Tokenizer.from_file(str(path))
+    """A tokenizer kept by `load_corpus` or by a run. Raises ValueError where it is missing or damaged."""
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more exact
+        raise ValueError(f"{path}: must be a tokenizer's JSON file: {error}") from error
     tokenizer.encode_special_tokens = True  # "<|end|>" inside a document is text; the file does not keep this
     return tokenizer
 
@@ -157,6 +163,8 @@ def load_corpus(config: DataConfig) -> Corpus:
     Raises FileNotFoundError for a missing file, ConnectionError where the hub cannot be reached, ValueError for
     everything about the content: unreadable file, wrong column, no documents, a vocabulary the text cannot fill.
     """
+    # Nobody else may write beside what the kernels load as code: a umask of 002 would let the group.
+    cache_folder(config).mkdir(mode=0o700, parents=True, exist_ok=True)
     files = find_files(config)
     key = {
         "format": FORMAT,
@@ -216,10 +224,11 @@ def library_files(tests: bool = False) -> list[Path]:
 
 
 def is_text(path: Path) -> bool:
-    """Whether a file is UTF-8; a few of the library's tests are not, on purpose."""
+    """Whether a file, gzipped or not, is UTF-8; a few of the library's tests are not, on purpose."""
+    content = path.read_bytes()
     try:
-        path.read_bytes().decode()
-    except UnicodeDecodeError:
+        (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
+    except (UnicodeDecodeError, *BROKEN_GZIP):
         return False
     return True
 
@@ -299,9 +308,10 @@ def read_documents(files: Sequence[Path], config: DataConfig) -> Iterator[str]:
             for part in [group] if what == "text" else [[path] for path in group]:
                 try:
                     yield from rows_of(part, what)
-                except UnicodeDecodeError as error:
+                except (UnicodeDecodeError, *BROKEN_GZIP) as error:
                     bad = next((path for path in part if not is_text(path)), part[0])
-                    raise ValueError(f"data.files: {bad} must be UTF-8 text: {error}") from error
+                    what = "UTF-8 text" if isinstance(error, UnicodeDecodeError) else "a whole gzip file"
+                    raise ValueError(f"data.files: {bad} must be {what}: {error}") from error
                 except (ValueError, RuntimeError, StopIteration) as error:  # StopIteration: a file without rows
                     if str(error).startswith("data."):
                         raise

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 from torch import Tensor
@@ -84,7 +85,7 @@ class Run:
         """Whether the folder holds a summary."""
         return self.folder is not None and (self.folder / "summary.json").exists()
 
-    def open(self, tokenizer: str) -> None:
+    def open(self, tokenizer: str, resume: bool) -> None:
         """Claim the folder and start the log. Raises RuntimeError if another process is writing here."""
         if self.folder is None:
             return
@@ -94,6 +95,7 @@ class Run:
             self._lock.acquire(timeout=0)  # the system gives it back when a process dies
         except Timeout:
             raise RuntimeError(f"out = {self.folder}: another process is training in this folder") from None
+        self.check(resume)  # again: since the first look another process may have started, or finished, a run here
         for name, text in (("config.json", json.dumps(self.config, indent=1)), ("tokenizer.json", tokenizer)):
             if not (self.folder / name).exists():
                 write_text(self.folder / name, text)
@@ -160,11 +162,20 @@ class Run:
 
 
 def read_config(folder: Path) -> dict:
-    """config.json of a run. Raises FileNotFoundError where there is none, ValueError where it is damaged."""
+    """config.json of a run. Raises FileNotFoundError where there is none, CheckpointError where it is damaged."""
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: must be the folder of a run, there is no config.json in it")
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} is damaged: must be a JSON object")
+    return config
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in a file, of a .jsonl the list of its lines'. Raises CheckpointError where it is damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error

@@ -34,9 +34,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vwn_ref.config import VWNConfig, check_choice, check_float, check_int
 from vwn_ref.experiments import checkpoint
+from vwn_ref.experiments.checkpoint import CheckpointError
 from vwn_ref.experiments.console import Clock, Progress, Signals, note
 from vwn_ref.experiments.data import Corpus, DataConfig, describe, load_corpus, load_tokenizer
-from vwn_ref.experiments.run import Run, read_config
+from vwn_ref.experiments.run import Run, read_config, read_json
 from vwn_ref.experiments.world import World, joined_world, torch_settings
 from vwn_ref.model import VWNTransformer
 
@@ -243,7 +244,7 @@ def train(config: TrainConfig) -> TrainResult:
         signals = Signals(wanted=folder is not None)
         try:
             if world.rank == 0:
-                run.open((corpus.folder / "tokenizer.json").read_text(encoding="utf-8"))
+                run.open((corpus.folder / "tokenizer.json").read_text(encoding="utf-8"), config.resume)
             return train_loop(config, corpus, world, run, signals)
         finally:
             signals.restore()
@@ -438,7 +439,11 @@ def load_run(folder: str | Path) -> tuple[VWNTransformer, Tokenizer, TrainConfig
     Raises FileNotFoundError where there is no run, or no checkpoint yet, CheckpointError for a damaged file.
     """
     folder = Path(folder).expanduser()
-    config = TrainConfig.from_dict(read_config(folder))
+    kept = read_config(folder)
+    try:
+        config = TrainConfig.from_dict(kept)
+    except (KeyError, TypeError) as error:  # a field too few or too many
+        raise CheckpointError(f"{folder / 'config.json'} is damaged, or of another version: {error!r}") from error
     path = folder / "weights.safetensors"
     if path.exists():
         tensors, _ = checkpoint.load(path)
@@ -453,8 +458,7 @@ def load_run(folder: str | Path) -> tuple[VWNTransformer, Tokenizer, TrainConfig
 
 def load_result(folder: Path) -> TrainResult:
     """The result of a finished run."""
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    return TrainResult(load_run(folder)[0], log, json.loads((folder / "summary.json").read_text(encoding="utf-8")))
+    return TrainResult(load_run(folder)[0], read_json(folder / "log.jsonl"), read_json(folder / "summary.json"))
 
 
 # ---------------------------------------------------------------------------------------------- command line
