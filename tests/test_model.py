@@ -124,8 +124,9 @@ def test_weight_decay_rule():
 
 @pytest.mark.parametrize("kernels", ["reference", "auto", "cpu"])
 def test_copies_and_pickles(kernels):
-    model = randomise(build(m=2, n=4, kernels=kernels))
+    model = randomise(build(m=2, n=4, kernels=kernels, n_experts=2))
     tokens = torch.randint(0, 50, (2, 9))
+    assert model.loss(tokens).balance.requires_grad  # a step leaves nothing behind that cannot be copied
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other(tokens), model(tokens))
 
@@ -142,6 +143,51 @@ def test_generate():
     assert draw[0].shape == (2, 23)  # past max_seq_len
     many = model.generate(start[:1].repeat(400, 1), 1, top_k=3)[:, -1]
     assert set(many.tolist()) <= set(model(start[:1])[0, -1].topk(3).indices.tolist())
+
+
+def test_generate_at_the_edges():
+    model = build(m=2, n=4)
+    start = torch.randint(0, 50, (2, 3))
+    cold = [model.generate(start, 4, temperature=t) for t in (0.0, 1e-29, 1e-45, 1e-300)]
+    assert all(torch.equal(tokens, cold[0]) for tokens in cold)
+    assert model.generate(start[:0], 2, top_k=99).shape == (0, 5)
+    assert model.generate(start.int(), 2).dtype == torch.int32
+    with torch.no_grad():
+        model.unembedding.weight.zero_()  # every token is as likely
+    assert len(set(model.generate(start[:1].repeat(200, 1), 1, top_k=3)[:, -1].tolist())) == 3
+    model.train()
+    with pytest.raises(IndexError):
+        model.generate(start + 50, 1)
+    assert model.training
+
+
+def test_built_without_memory_and_then_filled():
+    """On the meta device; to_empty gives memory, a state_dict the values."""
+    model, tokens = build(m=2, n=4, n_experts=2, ngram_buckets=7), torch.randint(0, 50, (2, 9))
+    with torch.device("meta"):
+        empty = VWNTransformer(model.cfg).double()
+        plain = VWNTransformer(VWNConfig(**SMALL, m=2, n=3))
+    assert plain.loss(tokens.to("meta")).total.is_meta  # without experts: which one computes depends on the values
+    empty = empty.to_empty(device="cpu")
+    empty.load_state_dict(model.state_dict())
+    assert torch.equal(empty(tokens), model(tokens))
+
+
+@pytest.mark.parametrize("kernels", ["reference", "auto"])
+def test_gradients_by_sample(kernels, no_shape_checks):
+    model = randomise(build(m=2, n=4, ngram_buckets=7, kernels=kernels))
+    tokens, weights = torch.randint(0, 50, (3, 9)), dict(model.named_parameters())
+
+    def loss(weights, window):
+        logits = torch.func.functional_call(model, weights, (window[None, :-1],))[0]
+        return torch.nn.functional.cross_entropy(logits, window[1:])
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, tokens)
+    for i, window in enumerate(tokens):
+        model.zero_grad()
+        model.loss(window[None]).total.backward()
+        for name, p in weights.items():
+            torch.testing.assert_close(found[name][i], p.grad, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize(

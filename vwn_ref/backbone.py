@@ -64,7 +64,8 @@ class MoE(nn.Module):
 
     A token's k experts are weighted by the softmax over its k largest router scores. After a forward,
     `balance_loss` is E Σ_e f_e P_e, with f_e the share of choices that fell on expert e and P_e its mean router
-    probability: 1 where the load is even, up to E where one expert takes all.
+    probability: 1 where the load is even, up to E where one expert takes all. It is not an output of the forward:
+    activation checkpointing must be the kind with use_reentrant=False, the other would cut its gradient.
     """
 
     def __init__(self, cfg: VWNConfig) -> None:
@@ -81,7 +82,7 @@ class MoE(nn.Module):
         top, chosen = scores.topk(self.top_k, dim=-1)  # [tokens, k]
         weight = top.softmax(dim=-1).to(x.dtype)
         hits = F.one_hot(chosen, self.n_experts).sum(dim=1).to(scores.dtype)  # [tokens, E], 0 or 1
-        share = hits.sum(dim=0) / max(hits.sum().detach(), 1)
+        share = hits.sum(dim=0) / max(chosen.numel(), 1)
         self.balance_loss = self.n_experts * (share * scores.softmax(dim=-1).mean(dim=0)).sum()
         y = torch.zeros_like(flat)
         for e in range(self.n_experts):
@@ -92,6 +93,9 @@ class MoE(nn.Module):
                 token, slot = (chosen == e).nonzero(as_tuple=True)
                 y = y.index_add(0, token, weight[token, slot, None] * self._expert(e, flat[token]))
         return y.reshape(x.shape)
+
+    def __getstate__(self) -> dict:  # for copy.deepcopy and pickle, which take no tensor that has a history
+        return {**self.__dict__, "balance_loss": self.balance_loss.detach()}
 
     def _expert(self, e: int, x: Tensor) -> Tensor:
         gate, up = F.linear(x, self.gate_up[e]).chunk(2, dim=-1)

@@ -51,7 +51,7 @@ class VWNTransformer(nn.Module):
     def __init__(self, cfg: VWNConfig) -> None:
         super().__init__()
         self.cfg = cfg
-        seed = int(torch.randint(2**62, ()))
+        seed = int(torch.randint(2**62, (), device="cpu"))  # the device is given for models built elsewhere
         with stream(seed, "embedding"):
             m, n = (1, 1) if cfg.m is None or cfg.n is None else (cfg.m, cfg.n)
             self.embedding = OverWidthEmbedding(
@@ -135,18 +135,22 @@ class VWNTransformer(nn.Module):
             raise ValueError(f"tokens have shape {tuple(tokens.shape)}: must be [b, t] with t ≥ 1 to continue")
         training = self.training
         self.eval()
-        for _ in range(max_new_tokens):
-            _, H = self._first_and_last(tokens[:, -self.cfg.max_seq_len :])
-            logits = at_least_float32(self._logits(H[:, -1]))
-            if temperature == 0:
-                choice = logits.argmax(dim=-1, keepdim=True)
-            else:
-                if top_k is not None:
-                    worst = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-                    logits = logits.masked_fill(logits < worst, float("-inf"))
-                choice = torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator)
-            tokens = torch.cat([tokens, choice.to(tokens.dtype)], dim=1)
-        self.train(training)
+        try:
+            for _ in range(max_new_tokens):
+                _, H = self._first_and_last(tokens[:, -self.cfg.max_seq_len :])
+                logits = at_least_float32(self._logits(H[:, -1]))
+                if temperature == 0:
+                    choice = logits.argmax(dim=-1, keepdim=True)
+                else:
+                    if top_k is not None:
+                        best = logits.topk(min(top_k, logits.shape[-1]))
+                        logits = torch.full_like(logits, float("-inf")).scatter(1, best.indices, best.values)
+                    # below 1e-30 the quotient would overflow; the likeliest token is long certain there
+                    p = (logits / max(temperature, 1e-30)).softmax(dim=-1)
+                    choice = torch.multinomial(p, 1, generator=generator)
+                tokens = torch.cat([tokens, choice.to(tokens.dtype)], dim=1)
+        finally:
+            self.train(training)
         return tokens
 
     def parameter_groups(self, weight_decay: float, *, decay_static: bool = False) -> list[dict]:
