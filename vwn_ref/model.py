@@ -203,7 +203,14 @@ def cross_entropy(logits: Float[Tensor, "b t v"], targets: Int[Tensor, "b t"]) -
 
 @contextmanager
 def stream(seed: int, name: str) -> Iterator[None]:
-    """Draw from a random stream that only `seed` and `name` fix; the global one is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed((seed + zlib.crc32(name.encode())) % 2**63)
+    """Draw from a random stream that only `seed` and `name` fix; the global one is left as it was.
+
+    Covers the CPU's generator, and the current GPU's where torch's default device is a GPU.
+    """
+    devices = [torch.cuda.current_device()] if torch.get_default_device().type == "cuda" else []
+    number = (seed + zlib.crc32(name.encode())) % 2**63
+    with torch.random.fork_rng(devices=devices):
+        torch.default_generator.manual_seed(number)  # torch.manual_seed would reseed every GPU, for good
+        if devices:
+            torch.cuda.manual_seed(number)
         yield

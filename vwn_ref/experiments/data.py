@@ -21,6 +21,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Literal
 
 import numpy as np
@@ -256,8 +257,7 @@ def hub_file(config: DataConfig) -> Path:
 
 def hub_documents(config: DataConfig) -> Iterator[str]:
     """The texts of `config.dataset`, streamed."""
-    import datasets
-
+    datasets = import_datasets()
     try:
         rows = datasets.load_dataset(
             config.dataset,
@@ -286,12 +286,22 @@ def kind(path: Path) -> str:
     return {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet"}.get(suffix, "text")
 
 
+def import_datasets() -> ModuleType:
+    """The package `datasets`: slow to import, and in a notebook it warns of a progress bar that nothing here uses."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="IProgress not found")
+        import datasets
+    return datasets
+
+
 def read_documents(files: Sequence[Path], config: DataConfig) -> Iterator[str]:
     """Non-empty documents of local files, in order, up to the caps. Makes no network call.
 
     The readers are called directly: `load_dataset("text", ...)` would tell the hub about every use.
     """
-    from datasets import IterableDataset
+    IterableDataset = import_datasets().IterableDataset
 
     def rows_of(group: list[Path], what: str) -> Iterator[str]:
         paths = [glob.escape(str(path)) for path in group]  # `datasets` takes them for patterns
