@@ -5,9 +5,9 @@
     python -m vwn_ref.experiments.bench_cpu --clock cpu     # on a busy machine: processor time, one thread
 
 A step is loss, backward pass and AdamW on a batch of 16 × 128 tokens; D = 64, 6 blocks (12 GHCs), dynamic matrices.
-All models take turns within each round, and a ratio is the median of the rounds' ratios: what else the machine does
-meanwhile strikes all alike. GHC times are milliseconds of one `width` and `depth` over the whole batch, and of their
-backward pass.
+All models take turns within each round, so that what else the machine does strikes all alike. It can only add time:
+a time is the median of the fastest quarter of the rounds, and a ratio is one such time over another. GHC times are
+milliseconds of one `width` and `depth` over the whole batch, and of their backward pass.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _timed(function: Callable[[], None], clock: Callable[[], float]) -> float:
 
 
 def measure(m: int, n: int, ways: tuple[str, ...], rounds: int, clock: Callable[[], float]) -> dict:
-    """Milliseconds (medians) for one (m, n), and step ratios to the plain model, for each way."""
+    """Milliseconds for one (m, n), and step ratios to the plain model, for each way."""
     common = dict(vocab_size=VOCAB, dim=DIM, n_layers=BLOCKS, n_heads=4)
     steps = {"plain": _step(VWNConfig(**common), "reference")}
     steps |= {way: _step(VWNConfig(**common, m=m, n=n, kernels=_kernels(way)), way) for way in ways}
@@ -100,12 +100,14 @@ def measure(m: int, n: int, ways: tuple[str, ...], rounds: int, clock: Callable[
                     forward[way].append(took[0])
                     backward[way].append(took[1])
 
+    def undisturbed(times: list[float]) -> float:
+        return statistics.median(sorted(times)[: max(1, len(times) // 4)])
+
     def ms(times: list[float]) -> float:
-        return round(1e3 * statistics.median(times), 3)
+        return round(1e3 * undisturbed(times), 3)
 
     def ratio(way: str) -> float:
-        pairs = zip(step_times[way], step_times["plain"], strict=True)
-        return round(statistics.median(a / b for a, b in pairs), 3)
+        return round(undisturbed(step_times[way]) / undisturbed(step_times["plain"]), 3)
 
     flops = ratio_to_plain(VWNConfig(**common, m=m, n=n), SEQ_LEN).flops
     found = {"m": m, "n": n, "flops_ratio": round(flops, 3), "plain_step_ms": ms(step_times["plain"])}
