@@ -120,14 +120,14 @@ def write_as(folder, form, documents):
     folder.mkdir()
     if form in ("jsonl", "jsonl.gz"):
         lines = "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(documents)).encode()
-        (folder / f"a.{form}").write_bytes(gzip.compress(lines) if form == "jsonl.gz" else lines)
+        (folder / f"a.{form}").write_bytes(gzip.compress(lines, mtime=0) if form == "jsonl.gz" else lines)
     elif form == "parquet":
         for i, half in enumerate((documents[:15], documents[15:])):
             pq.write_table(pa.table({"text": half, f"other{i}": list(range(len(half)))}), folder / f"{i}.parquet")
     else:
         for i, text in enumerate(documents):
             raw = text.encode()
-            (folder / f"{i:03}.{form}").write_bytes(gzip.compress(raw) if form.endswith("gz") else raw)
+            (folder / f"{i:03}.{form}").write_bytes(gzip.compress(raw, mtime=0) if form.endswith("gz") else raw)
 
 
 @pytest.mark.parametrize("form", ["md", "txt.gz", "jsonl", "jsonl.gz", "parquet"])
@@ -254,14 +254,14 @@ def test_bad_files(tmp_path, name, content, message):
         load_corpus(DataConfig(files=(str(tmp_path / name),)))
 
 
-WHOLE = gzip.compress(random.Random(0).randbytes(9000).hex().encode())
+WHOLE = gzip.compress(random.Random(0).randbytes(9000).hex().encode(), mtime=0)  # the same bytes in every process
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("b.txt", b"\xff\xfe", "b.txt must be UTF-8 text"),
-        ("b.txt.gz", gzip.compress(b"\xff\xfe"), "b.txt.gz must be UTF-8 text"),
+        ("b.txt.gz", gzip.compress(b"\xff\xfe", mtime=0), "b.txt.gz must be UTF-8 text"),
         ("b.txt.gz", WHOLE[:-500], "b.txt.gz must be a whole gzip file: Compressed file ended"),
         ("b.txt.gz", WHOLE[:3000] + bytes(500) + WHOLE[3500:], "b.txt.gz must be a whole gzip file"),
         ("b.txt.gz", b"not gzipped", "b.txt.gz must be a whole gzip file: Not a gzipped file"),
@@ -269,7 +269,7 @@ WHOLE = gzip.compress(random.Random(0).randbytes(9000).hex().encode())
     ],
 )
 def test_the_bad_file_of_several_is_named(tmp_path, name, content, message):
-    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"a good one"))
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"a good one", mtime=0))
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         load_corpus(DataConfig(files=(str(tmp_path),)))
