@@ -7,9 +7,10 @@ of a pair is far steadier than either loss; its interval is Student's t over the
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +29,8 @@ class Estimate(NamedTuple):
     half_width: float
 
     def __str__(self) -> str:
-        return f"{self.mean:+.4f} ± {self.half_width:.4f}"
+        width = "(one seed)" if math.isnan(self.half_width) else f"± {self.half_width:.4f}"
+        return f"{self.mean:+.4f} {width}"
 
 
 def interval(values: Sequence[float], level: float = 0.95) -> Estimate:
@@ -65,6 +67,12 @@ class KeptRun:
         return [line["tokens"] for line in lines], [line[name] for line in lines]
 
 
+def read_run(folder: Path) -> KeptRun:
+    """The finished run in `folder`, which is named <variant>-s<seed>."""
+    config, log, summary = (read_json(folder / name) for name in FILES)
+    return KeptRun(folder.name.rpartition("-s")[0], config, log, summary)
+
+
 def load_runs(folder: str | Path) -> dict[str, list[KeptRun]]:
     """Runs in `folder`/<variant>-s<seed>/, by variant name, each list in the order of the seeds.
 
@@ -75,8 +83,7 @@ def load_runs(folder: str | Path) -> dict[str, list[KeptRun]]:
         name = path.parent.name.rpartition("-s")[0]
         if not name:
             raise ValueError(f"{path.parent}: must be named <variant>-s<seed>")
-        config, log, summary = (read_json(path.parent / name) for name in FILES)
-        found.setdefault(name, []).append(KeptRun(name, config, log, summary))
+        found.setdefault(name, []).append(read_run(path.parent))
     if not found:
         raise FileNotFoundError(f"{folder}: must hold folders <variant>-s<seed> of finished runs")
     for name, runs in found.items():
@@ -111,9 +118,13 @@ def table(folder: str | Path, base: str = "plain") -> str:
     return "\n".join(lines)
 
 
-def keep(source: str | Path, target: str | Path) -> int:
-    """Copy what is kept of the finished runs below `source` into `target`; returns how many there are."""
+def keep(source: str | Path, target: str | Path, names: Collection[str] | None = None) -> int:
+    """Copy what is kept of the finished runs below `source` into `target`; returns how many there are.
+
+    `names`: of these folders only; None: of all.
+    """
     runs = [path.parent for path in sorted(Path(source).glob("*/summary.json"))]
+    runs = [run for run in runs if names is None or run.name in names]
     for run in runs:
         (Path(target) / run.name).mkdir(parents=True, exist_ok=True)
         for name in FILES:

@@ -26,6 +26,10 @@ class Signals:
         self.restore()  # a second signal does what it always does
         self.number = int(number)
 
+    def wish(self) -> None:
+        """The same wish without a signal, once or more and from any thread."""
+        self.number = self.number or int(signal.SIGTERM)
+
     def restore(self) -> None:
         """Put the handlers back that were there before."""
         for number, handler in self._before.items():
@@ -34,14 +38,22 @@ class Signals:
 
 
 class Clock:
-    """Seconds of training, without those spent in `paused`."""
+    """Seconds of training, without those spent in `paused`; and CPU seconds of this process, with them.
 
-    def __init__(self, seconds: float = 0.0) -> None:
+    `cpu_seconds` None: a run went on from a time when they were not counted, so that there is no sum.
+    """
+
+    def __init__(self, seconds: float = 0.0, cpu_seconds: float | None = 0.0) -> None:
         self._start = time.perf_counter() - seconds
+        self._cpu_start = None if cpu_seconds is None else time.process_time() - cpu_seconds
 
     @property
     def seconds(self) -> float:
         return time.perf_counter() - self._start
+
+    @property
+    def cpu_seconds(self) -> float | None:
+        return None if self._cpu_start is None else time.process_time() - self._cpu_start
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -26,6 +26,13 @@ from vwn_ref.experiments.storage import json_digest, write_text
 # Fields that do not change what is computed, though some may change its last digits.
 MAY_CHANGE = {"out", "resume", "progress", "device", "compile", "threads", "micro_batch"}
 MAY_CHANGE |= {"checkpoint_interval", "data.cache_dir"}
+# Fields that came later, with what every run did before there was such a choice: at these values they are left out,
+# so that an older run is still a run of the same config, and its checkpoint's.
+CAME_LATER = {"decay_static": False}
+
+
+class Locked(RuntimeError):
+    """Another process is training in this folder."""
 
 
 def flat(config: dict, prefix: str = "") -> dict:
@@ -38,7 +45,8 @@ def flat(config: dict, prefix: str = "") -> dict:
 
 def fixed_fields(config: dict) -> dict:
     """The fields that must be the same when a run goes on."""
-    return {name: value for name, value in flat(config).items() if name not in MAY_CHANGE}
+    values = {name: value for name, value in flat(config).items() if name not in MAY_CHANGE}
+    return {name: value for name, value in values.items() if name not in CAME_LATER or value != CAME_LATER[name]}
 
 
 class Run:
@@ -73,6 +81,7 @@ class Run:
             kept, asked = fixed_fields(read_config(folder)), fixed_fields(self.config)
             differ = sorted(name for name in kept | asked if kept.get(name) != asked.get(name))
             if differ:
+                kept, asked = CAME_LATER | kept, CAME_LATER | asked
                 lines = [f"  {name}: the run has {kept.get(name)!r}, asked for {asked.get(name)!r}" for name in differ]
                 raise ValueError("\n".join([f"resume: {folder} is a run with another config:", *lines]))
         elif self.finished:
@@ -86,7 +95,7 @@ class Run:
         return self.folder is not None and (self.folder / "summary.json").exists()
 
     def open(self, tokenizer: str, resume: bool) -> None:
-        """Claim the folder and start the log. Raises RuntimeError if another process is writing here."""
+        """Claim the folder and start the log. Raises Locked if another process is writing here."""
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -94,7 +103,7 @@ class Run:
         try:
             self._lock.acquire(timeout=0)  # the system gives it back when a process dies
         except Timeout:
-            raise RuntimeError(f"out = {self.folder}: another process is training in this folder") from None
+            raise Locked(f"out = {self.folder}: another process is training in this folder") from None
         self.check(resume)  # again: since the first look another process may have started, or finished, a run here
         for name, text in (("config.json", json.dumps(self.config, indent=1)), ("tokenizer.json", tokenizer)):
             if not (self.folder / name).exists():

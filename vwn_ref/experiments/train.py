@@ -78,6 +78,8 @@ class TrainConfig:
     """Decay of AdamW's mean of squared gradients."""
     weight_decay: float = 0.1
     """On matrices; static A and B and norm gains have none, as in the paper, section 3.3."""
+    decay_static: bool = False
+    """Weight decay on static A and B as well, to see what it does."""
     grad_clip: float = 1.0
     """Largest norm of the gradient, over all parameters. 0: no limit."""
     seed: int = 0
@@ -116,6 +118,8 @@ class TrainConfig:
         for name in ("beta1", "beta2"):
             if getattr(self, name) >= 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be < 1")
+        if not isinstance(self.decay_static, bool):
+            raise ValueError(f"decay_static = {self.decay_static!r}: must be True or False")
         check_choice("schedule", self.schedule, ("cosine", "linear", "constant"))
         check_choice("dtype", self.dtype, ("float32", "bfloat16"))
         if self.model.vocab_size != self.data.vocab_size:
@@ -143,7 +147,7 @@ class TrainResult:
     """Each line has step and tokens; lines of training lr, grad_norm, train_total, train_next, train_next2 and
     train_balance (means since the last line, nats a token); lines of validation val_total, val_next, ..."""
     summary: dict
-    """Wall-clock (seconds), tokens_per_second, parameters, final validation losses, versions, git commit."""
+    """Wall-clock (seconds), cpu_seconds, tokens_per_second, parameters, final losses, versions, git commit."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -222,12 +226,15 @@ class Objective(nn.Module):
             return torch.stack([part.float() for part in self.model.loss(tokens)])
 
 
-def train(config: TrainConfig) -> TrainResult:
+def train(config: TrainConfig, signals: Signals | None = None) -> TrainResult:
     """Train, or with `config.resume` go on, to the last step.
 
+    `signals` is for a caller that has other ways to be told to stop; by default Ctrl-C and SIGTERM are listened to
+    where there is a folder.
+
     Raises ValueError or FileExistsError for a bad config, corpus or folder, naming the field; CheckpointError for a
-    damaged checkpoint; FloatingPointError if the loss is no longer finite; Stopped after Ctrl-C or SIGTERM, with a
-    checkpoint written where there is a folder.
+    damaged checkpoint; Locked where another process trains in the folder; FloatingPointError if the loss is no longer
+    finite; Stopped after Ctrl-C or SIGTERM, with a checkpoint written where there is a folder.
     """
     with joined_world(config.device) as world, torch_settings(config.threads, world.device):
         check_share(config, world)
@@ -241,7 +248,7 @@ def train(config: TrainConfig) -> TrainResult:
         corpus = load_corpus(config.data)
         check_corpus(corpus, config)
         world.wait()  # until every process has looked at the folder
-        signals = Signals(wanted=folder is not None)
+        signals = signals or Signals(wanted=folder is not None)
         try:
             if world.rank == 0:
                 run.open((corpus.folder / "tokenizer.json").read_text(encoding="utf-8"), config.resume)
@@ -256,7 +263,7 @@ def train_loop(config: TrainConfig, corpus: Corpus, world: World, run: Run, sign
     torch.manual_seed(config.seed)
     model = VWNTransformer(config.model).to(world.device)
     optimizer = torch.optim.AdamW(
-        model.parameter_groups(config.weight_decay),
+        model.parameter_groups(config.weight_decay, decay_static=config.decay_static),
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         fused=world.device.type in ("cpu", "cuda"),
@@ -274,7 +281,7 @@ def train_loop(config: TrainConfig, corpus: Corpus, world: World, run: Run, sign
             raise ValueError(f"resume: {run.folder} was trained on another corpus than {describe(corpus)}")
         restore(tensors, model, optimizer, run)
         sums.copy_(tensors["sums"])
-        first, since, clock = state["step"], state["since"], Clock(state["seconds"])
+        first, since, clock = state["step"], state["since"], Clock(state["seconds"], state.get("cpu_seconds"))
     if config.resume and world.rank == 0:
         run.cut_log()
         if config.progress:
@@ -282,7 +289,8 @@ def train_loop(config: TrainConfig, corpus: Corpus, world: World, run: Run, sign
 
     def save(step: int) -> None:
         world.mean(sums)
-        state = {"step": step, "since": since, "corpus": corpus.digest, "seconds": clock.seconds}
+        state = {"step": step, "since": since, "corpus": corpus.digest}
+        state |= {"seconds": clock.seconds, "cpu_seconds": clock.cpu_seconds}
         with clock.paused():
             run.save({**captured(model, optimizer), "sums": sums}, state)
 
@@ -330,7 +338,7 @@ def train_loop(config: TrainConfig, corpus: Corpus, world: World, run: Run, sign
     finally:
         progress.close()
 
-    summary = summarise(config, corpus, world, model, run.log, clock.seconds, commit)
+    summary = summarise(config, corpus, world, model, run.log, clock, commit)
     run.finish(model.state_dict(), summary)
     world.wait()  # nobody leaves before the summary is written
     return TrainResult(model.eval(), run.log, summary)
@@ -394,15 +402,16 @@ def weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix("model/"): x for name, x in tensors.items() if name.startswith("model/")}
 
 
-def summarise(config, corpus: Corpus, world: World, model: nn.Module, log: list[dict], seconds: float, commit) -> dict:
+def summarise(config, corpus: Corpus, world: World, model: nn.Module, log: list[dict], clock: Clock, commit) -> dict:
     """What summary.json says."""
-    tokens = config.steps * config.batch_size * config.seq_len
+    tokens, seconds = config.steps * config.batch_size * config.seq_len, clock.seconds
     return {
         **{name: value for name, value in log[-1].items() if name.startswith(("val_", "train_"))},
         "steps": config.steps,
         "tokens": tokens,
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": seconds,  # of training alone: no validation, no checkpoints
+        "cpu_seconds": clock.cpu_seconds,  # of this process: validation and checkpoints too; lost steps are not counted
         "tokens_per_second": tokens / seconds,
         "corpus": {"digest": corpus.digest, "is": describe(corpus)},
         "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type,
