@@ -54,7 +54,7 @@ import tomllib
 import types
 import typing
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,7 +165,7 @@ def planned(content: dict[str, Any], stem: str, out: str | Path | None = None) -
     return Sweep(tuple(runs.values()), folder)
 
 
-def grid_points(grid: dict[str, Any]) -> typing.Iterator[tuple[str, dict]]:
+def grid_points(grid: dict[str, Any]) -> Iterator[tuple[str, dict]]:
     """Every combination of the grid's values: what it adds to a run's name, and the fields."""
     lists = flat(grid)
     for name, values in lists.items():
@@ -184,8 +184,8 @@ def typed(values: dict[str, Any], where: str) -> dict[str, Any]:
     found = {}
     for name, value in flat(values).items():
         if name not in types_of:
-            group = f"{name.rpartition('.')[0]}." if f"{name.partition('.')[0]}." in GROUPS else ""
-            there = [n for n in types_of if n.startswith(group) and "." not in n[len(group) :] and n not in NOT_HERE]
+            groups = {group_of(n): [m for m in types_of if group_of(m) == group_of(n)] for n in types_of}
+            there = [n for n in groups.get(group_of(name), groups[""]) if n not in NOT_HERE]
             raise ValueError(f"{where}.{name}: no such field; must be one of {', '.join(there)}")
         if name in NOT_HERE:
             raise ValueError(f"{where}.{name}: must be left out, {NOT_HERE[name]}")
@@ -198,7 +198,9 @@ def typed(values: dict[str, Any], where: str) -> dict[str, Any]:
     return found
 
 
-GROUPS = {"model.": VWNConfig, "data.": DataConfig}
+def group_of(name: str) -> str:
+    """ "model" of "model.dim", "" of "lr"."""
+    return name.rpartition(".")[0]
 
 
 def field_types(kind: type, prefix: str = "") -> dict[str, Any]:
