@@ -1,8 +1,7 @@
 """GHC on a CPU: `width`, `dynamic_width` and `depth` with the arguments of the reference functions of those names.
 
-`backend` computes the raw operations, forward and backward, in C++ or by PyTorch operations. Here they become
-differentiable: as `torch.autograd.Function` in eager mode (some 100 µs a call cheaper), and as custom operators
-`torch.ops.vwn_ref.ghc_*` for `torch.compile` and `torch.export`, one opaque node each in the graph.
+`backend` computes the raw operations, forward and backward, in C++ or by PyTorch operations; `operation` makes them
+differentiable.
 
 What they cannot do goes to the reference: other devices and dtypes, autocast, `torch.func` transforms, forward-mode
 AD, tensor subclasses, matrices with token dimensions of their own, very wide states. So does a second derivative.
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from vwn_ref.kernels import backend
 from vwn_ref.kernels.compiler import SCALARS
+from vwn_ref.kernels.operation import Operation, check_shape
 
 from vwn_ref import dynamic, ghc
 
@@ -60,94 +60,21 @@ def _reference_static_depth(z, B):
     return (ghc.depth(z, (B, z.new_zeros(*z.shape[:-1], B.shape[1], z.shape[-1] // B.shape[0]))),)
 
 
-class _Operation:
-    """A raw operation and its gradient, made differentiable twice: `eager` and `traced` do the same.
+def _operation(name: str, state: Callable, **rest) -> Operation:
+    """Of the backends' function `name`; state: (inputs) -> (the over-width tensor among them, m), which selects one."""
 
-    Args:
-        name: of the raw operation; `name`_backward gives the gradients of the inputs that are kept.
-        inputs: the schema's inputs. The first `kept` are tensors that the backward pass reads.
-        outputs: how many tensors come out.
-        state: (inputs) -> (the over-width tensor among them, m), by which the backend is chosen.
-        shapes: (inputs) -> shapes of the outputs.
-        reference: (kept inputs, numbers) -> outputs, differentiable as often as wanted.
-        rest: (gradients of the outputs) -> gradients of the inputs that are not kept.
-    """
+    def run(*arguments):
+        return getattr(backend.of_state(*state(arguments)), name)(*arguments)
 
-    def __init__(
-        self, name: str, inputs: str, kept: int, outputs: int, state: Callable, shapes: Callable,
-        reference: Callable, rest: Callable,
-    ) -> None:  # fmt: skip
-        kept_inputs = ", ".join(inputs.split(", ")[:kept])
-        numbers = ", ".join(x for x in inputs.split(", ") if not x.startswith("Tensor"))
-        gradients = ", ".join(f"Tensor g{i}" for i in range(outputs))
-        backward_inputs = ", ".join(filter(None, (kept_inputs, numbers, gradients)))
+    def run_backward(*arguments):  # the gradient of H, carried or H_next has the shape of H
+        return getattr(backend.of_state(*state(arguments)), f"{name}_backward")(*arguments)
 
-        def run(*arguments):
-            return getattr(backend.of_state(*state(arguments)), name)(*arguments)
-
-        def run_backward(*arguments):  # the gradient of H, carried or H_next has the shape of H
-            return getattr(backend.of_state(*state(arguments)), f"{name}_backward")(*arguments)
-
-        def gradients_of(ctx, gradients, run_backward):
-            tensors = ctx.saved_tensors
-            if ctx.twice and torch.is_grad_enabled():  # create_graph=True
-                found = _reference_gradients(lambda *t: reference(*t, *ctx.numbers), tensors, gradients)
-            else:
-                found = run_backward(*tensors, *ctx.numbers, *gradients)
-            return *found, *rest(*gradients)
-
-        def setup_context(ctx, inputs, output):
-            ctx.save_for_backward(*inputs[:kept])
-            ctx.numbers = tuple(x for x in inputs[kept:] if not isinstance(x, Tensor))
-            ctx.twice = False
-
-        class Eager(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx, *arguments):
-                setup_context(ctx, arguments, None)
-                ctx.twice = True
-                return run(*arguments)
-
-            @staticmethod
-            def backward(ctx, *gradients):
-                return gradients_of(ctx, gradients, run_backward)
-
-        def operator(name, run, inputs, returned, shapes):
-            returned = "Tensor" if returned == 1 else f"({', '.join(['Tensor'] * returned)})"
-            made = torch.library.custom_op(
-                f"vwn_ref::ghc_{name}", run, mutates_args=(), device_types="cpu", schema=f"({inputs}) -> {returned}"
-            )
-
-            @made.register_fake
-            def _(*arguments):
-                found = tuple(arguments[0].new_empty(shape) for shape in shapes(*arguments))
-                return found if len(found) > 1 else found[0]
-
-            return made
-
-        self.eager = Eager.apply
-        self.traced = operator(name, run, inputs, outputs, shapes)
-        self.traced_backward = operator(
-            f"{name}_backward", run_backward, backward_inputs, kept, lambda *t: [x.shape for x in t[:kept]]
-        )
-        self.traced.register_autograd(
-            lambda ctx, *gradients: gradients_of(ctx, gradients, self.traced_backward), setup_context=setup_context
-        )
-
-    def __call__(self, *arguments):
-        return (self.traced if _tracing(arguments[0]) else self.eager)(*arguments)
-
-
-def _reference_gradients(function: Callable, inputs: tuple, gradients: tuple) -> tuple:
-    """Gradients by differentiating the reference, so that they can be differentiated again."""
-    wanted = [t for t in inputs if t.requires_grad]
-    found = iter(torch.autograd.grad(function(*inputs), wanted, gradients, create_graph=True, materialize_grads=True))
-    return tuple(next(found) if t.requires_grad else None for t in inputs)
+    return Operation(name, run=run, run_backward=run_backward, device_types="cpu", **rest)
 
 
 _H_SHAPES = "Tensor H, Tensor A, Tensor B, Tensor W_alpha, Tensor W_beta, Tensor S_alpha, Tensor S_beta, Tensor gain"
 
-_dynamic_width = _Operation(
+_dynamic_width = _operation(
     "dynamic_width",
     inputs=f"{_H_SHAPES}, float eps",
     kept=8,
@@ -161,7 +88,7 @@ _dynamic_width = _Operation(
     reference=_reference_dynamic_width,
     rest=lambda *g: (None,),
 )
-_static_width = _Operation(
+_static_width = _operation(
     "static_width",
     inputs="Tensor H, Tensor A",
     kept=2,
@@ -171,7 +98,7 @@ _static_width = _Operation(
     reference=_reference_static_width,
     rest=lambda *g: (),
 )
-_dynamic_depth = _Operation(
+_dynamic_depth = _operation(
     "dynamic_depth",
     inputs="Tensor z, Tensor Bt, Tensor carried",
     kept=2,
@@ -181,7 +108,7 @@ _dynamic_depth = _Operation(
     reference=_reference_dynamic_depth,
     rest=lambda g: (g,),
 )
-_static_depth = _Operation(
+_static_depth = _operation(
     "static_depth",
     inputs="Tensor z, Tensor B, Tensor carried",
     kept=2,
@@ -196,11 +123,6 @@ _static_depth = _Operation(
 # ------------------------------------------------------------------------------------------------ which tensors
 
 
-def _tracing(t: Tensor) -> bool:
-    """Under torch.compile or torch.export, where an autograd.Function would be looked into."""
-    return torch.compiler.is_compiling() or type(t) not in (Tensor, torch.nn.Parameter)
-
-
 def _suited(*tensors: Tensor) -> bool:
     """True where the kernels compute what the reference would."""
     first = tensors[0]
@@ -213,11 +135,6 @@ def _suited(*tensors: Tensor) -> bool:
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return False
     return all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
-
-
-def _check(name: str, t: Tensor, shape: tuple, meaning: str) -> None:
-    if t.shape != shape:
-        raise ValueError(f"{name} has shape {tuple(t.shape)}: must be {meaning} = {list(shape)}")
 
 
 def _check_state(H: Tensor) -> tuple[int, int]:
@@ -235,8 +152,8 @@ def width(H: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     if A.ndim != 2 or B.ndim != 2 or n * max(d, A.shape[1]) > LARGEST or not _suited(H, A, B):
         return ghc.width(H, A, B)
     m = B.shape[0]
-    _check("B", B, (m, n), "[m, n]")
-    _check("A", A, (n, m + n), "[n, m+n]")
+    check_shape("B", B, (m, n), "[m, n]")
+    check_shape("A", A, (n, m + n), "[n, m+n]")
     if not backend.is_compiled(m, n, d, H.dtype):
         return ghc.width(H, A, B)  # one matrix for all tokens: PyTorch alone does no better than the reference
     x, carried = _static_width(H, A)
@@ -256,13 +173,13 @@ def dynamic_width(
     if n * max(d, 3 * n) > LARGEST or not _suited(*tensors):
         return dynamic.dynamic_width(*tensors, eps)
     m = B.shape[0]
-    _check("B", B, (m, n), "[m, n]")
-    _check("A", A, (n, m + n), "[n, m+n]")
-    _check("W_alpha", W_alpha, (d, m + n), "[d_b, m+n]")
-    _check("W_beta", W_beta, (d, m), "[d_b, m]")
-    _check("S_alpha", S_alpha, (n, m + n), "[n, m+n]")
-    _check("S_beta", S_beta, (m, n), "[m, n]")
-    _check("gain", gain, (d,), "[d_b]")
+    check_shape("B", B, (m, n), "[m, n]")
+    check_shape("A", A, (n, m + n), "[n, m+n]")
+    check_shape("W_alpha", W_alpha, (d, m + n), "[d_b, m+n]")
+    check_shape("W_beta", W_beta, (d, m), "[d_b, m]")
+    check_shape("S_alpha", S_alpha, (n, m + n), "[n, m+n]")
+    check_shape("S_beta", S_beta, (m, n), "[m, n]")
+    check_shape("gain", gain, (d,), "[d_b]")
     x, carried, Bt = _dynamic_width(*tensors, torch.finfo(H.dtype).eps if eps is None else eps)
     return x, DynamicState(Bt, carried)
 
@@ -273,7 +190,7 @@ def depth(z: Tensor, state: tuple[Tensor, ...]) -> Tensor:
         return ghc.depth(z, state)
     matrix, carried = state
     m = matrix.shape[0] if isinstance(state, StaticState) else matrix.shape[-1]
-    _check("z", z, (*carried.shape[:-2], m * carried.shape[-1]), "[..., D]")
+    check_shape("z", z, (*carried.shape[:-2], m * carried.shape[-1]), "[..., D]")
     if not _suited(z, matrix, carried):
         return ghc.depth(z, (matrix if isinstance(state, StaticState) else matrix.mT, carried))
     return (_static_depth if isinstance(state, StaticState) else _dynamic_depth)(z, matrix, carried)

@@ -1,0 +1,170 @@
+"""`depth`: H′ˡ = Bᵀ Z + Âᵀ H′ˡ⁻¹, the sublayer's output written into the slots, beside what they carry on.
+
+    q = RMSNorm(H′) (W_α | W_β) / τ    [n, n] and [n, m]    the last n columns of W_α; W_β
+    Â = S_α ∘ tanh(q_α) + A            [n, n]               Eq. (14); static GHC: Â = A
+    Bᵀ = S_βᵀ ∘ tanh(q_β) + B_ᵀ        [n, m]               Eq. (13); kept as Bᵀ, slots first, like the rest
+    out = Âᵀ H′ + Bᵀ Z                 [n, d_b]             Z: the m segments of z as rows
+
+Reads n rows of H′ and m of z a token, writes n. The coefficients are computed from H′ here; neither they nor Âᵀ H′ are
+ever stored. Two passes along d_b, as in `width`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from vwn_ref.kernels.tiles import (
+    coefficients, correlate, inverse_root, load_parameter, load_rows, load_V, mix, project, slot_mask, spread,
+    store_matrix, store_partial, store_rows, through_tanh, tokens, unmix,
+)  # fmt: skip
+
+
+@triton.jit
+def write_matrices(
+    H, t, T, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, eps,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BT: tl.constexpr,
+    BD: tl.constexpr, PREC: tl.constexpr, DYNAMIC: tl.constexpr,
+):  # fmt: skip
+    """Of Â [BT, NP, NP] and of Bᵀ [BT, NP, MP]: itself, its tanh, its p and its S; and rstd of the slots."""
+    p_carry = tl.zeros((BT, NP, NP), tl.float32)
+    p_write = tl.zeros((BT, NP, MP), tl.float32)
+    square = tl.zeros((BT, NP), tl.float32)
+    static_carry = load_parameter(A, M, N, N, M + N, 1, NP, NP)
+    static_write = load_parameter(B, 0, N, M, 1, N, NP, MP)  # B is [m, n]: strides swapped
+    scale_carry, scale_write = static_carry, static_write
+    if DYNAMIC:
+        scale_carry = load_parameter(S_alpha, M, N, N, M + N, 1, NP, NP)
+        scale_write = load_parameter(S_beta, 0, N, M, 1, N, NP, MP)
+        for start in range(0, D, BD):
+            c = start + tl.arange(0, BD)
+            h = load_rows(H, t, T, c, N, D, NP)
+            square += tl.sum(h * h, axis=2)
+            p_carry += project(h, load_V(W_alpha, gain, c, M, N, M + N, D, NP), PREC)
+            p_write += project(h, load_V(W_beta, gain, c, 0, M, M, D, MP), PREC)
+    rstd = inverse_root(square, D, eps, slot_mask(t, T, N, NP) & DYNAMIC)
+    carry, tanh_carry = coefficients(p_carry, rstd, static_carry, scale_carry, DYNAMIC)
+    write, tanh_write = coefficients(p_write, rstd, static_write, scale_write, DYNAMIC)
+    return carry, tanh_carry, p_carry, scale_carry, write, tanh_write, p_write, scale_write, rstd
+
+
+@triton.jit
+def new_rows(
+    H, Z, t, T, c, carry, write,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, MANY: tl.constexpr,
+    PREC: tl.constexpr,
+):  # fmt: skip
+    """Âᵀ H′ + Bᵀ Z in the columns `c`: [BT, NP, BD]."""
+    carried = mix(carry, load_rows(H, t, T, c, N, D, NP), MANY, PREC)
+    return carried + unmix(write, load_rows(Z, t, T, c, M, D, MP), MANY, PREC)
+
+
+@triton.jit
+def depth_block(
+    H, Z, OUT, t, T, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, eps,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BT: tl.constexpr,
+    BD: tl.constexpr, MANY: tl.constexpr, PREC: tl.constexpr, DYNAMIC: tl.constexpr,
+):  # fmt: skip
+    """The new state of the tokens `t`."""
+    carry, _, _, _, write, _, _, _, _ = write_matrices(
+        H, t, T, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, eps, M, N, D, MP, NP, BT, BD, PREC, DYNAMIC
+    )  # fmt: skip
+    for start in range(0, D, BD):
+        c = start + tl.arange(0, BD)
+        store_rows(OUT, new_rows(H, Z, t, T, c, carry, write, M, N, D, MP, NP, MANY, PREC), t, T, c, N, D, NP)
+
+
+@triton.jit
+def depth_kernel(
+    H, Z, OUT, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, T, eps,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BT: tl.constexpr,
+    BD: tl.constexpr, MANY: tl.constexpr, PREC: tl.constexpr, DYNAMIC: tl.constexpr,
+):  # fmt: skip
+    """One block of tokens a program."""
+    depth_block(
+        H, Z, OUT, tokens(tl.program_id(0), BT), T, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, eps,
+        M, N, D, MP, NP, BT, BD, MANY, PREC, DYNAMIC,
+    )  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------- backward
+#
+#     E_α  = H′ Gᵀ          [n, n]     ∂L/∂Â, from G = ∂L/∂out
+#     E_β  = G Zᵀ           [n, m]     ∂L/∂Bᵀ
+#     e    = E ∘ S ∘ (1 − tanh²)       ∂L/∂q, of both
+#     g_z  = B G            [m, d_b]
+#     g_H′ = Â G + rstd (e_α V_αᵀ + e_β V_βᵀ) − H′ · rstd² Σ_k(e ∘ q) / d_b
+
+
+@triton.jit
+def depth_backward_block(
+    H, Z, G, G_H, G_Z, E, t, T, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, eps,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BT: tl.constexpr,
+    BD: tl.constexpr, MANY: tl.constexpr, PREC: tl.constexpr, DYNAMIC: tl.constexpr,
+):  # fmt: skip
+    """g_H′, g_z and rstd · e of the tokens `t` -> Σ E and Σ E ∘ tanh, of Â, then of Bᵀ. G and G_H may be one tensor."""
+    carry, tanh_carry, p_carry, scale_carry, write, tanh_write, p_write, scale_write, rstd = write_matrices(
+        H, t, T, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, eps, M, N, D, MP, NP, BT, BD, PREC, DYNAMIC
+    )  # fmt: skip
+    d_carry = tl.zeros((BT, NP, NP), tl.float32)
+    d_write = tl.zeros((BT, NP, MP), tl.float32)
+    for start in range(0, D, BD):
+        c = start + tl.arange(0, BD)
+        g = load_rows(G, t, T, c, N, D, NP)
+        d_carry += correlate(load_rows(H, t, T, c, N, D, NP), g, PREC)
+        d_write += correlate(g, load_rows(Z, t, T, c, M, D, MP), PREC)
+    if DYNAMIC:
+        e_carry = through_tanh(d_carry, tanh_carry, scale_carry) * rstd[:, :, None]
+        e_write = through_tanh(d_write, tanh_write, scale_write) * rstd[:, :, None]
+        pull = (tl.sum(e_carry * p_carry, axis=2) + tl.sum(e_write * p_write, axis=2)) * rstd * rstd / D
+        store_matrix(E, e_carry, t, T, 0, N, N, N + M, NP)
+        store_matrix(E, e_write, t, T, N, M, N, N + M, MP)
+    for start in range(0, D, BD):
+        c = start + tl.arange(0, BD)
+        g = load_rows(G, t, T, c, N, D, NP)
+        tl.debug_barrier()  # where G_H is G: every thread has read before one writes
+        g_h = unmix(carry, g, MANY, PREC)
+        if DYNAMIC:
+            g_h += spread(e_carry, load_V(W_alpha, gain, c, M, N, M + N, D, NP), MANY, PREC)
+            g_h += spread(e_write, load_V(W_beta, gain, c, 0, M, M, D, MP), MANY, PREC)
+            g_h -= pull[:, :, None] * load_rows(H, t, T, c, N, D, NP)
+        store_rows(G_H, g_h, t, T, c, N, D, NP)
+        store_rows(G_Z, mix(write, g, MANY, PREC), t, T, c, M, D, MP)
+    return (
+        tl.sum(d_carry, axis=0), tl.sum(d_carry * tanh_carry, axis=0),
+        tl.sum(d_write, axis=0), tl.sum(d_write * tanh_write, axis=0),
+    )  # fmt: skip
+
+
+@triton.jit
+def store_depth_partial(
+    own, carry, carry_tanh, write, write_tanh, M: tl.constexpr, N: tl.constexpr, DYNAMIC: tl.constexpr
+):
+    """Sums of one program: [2, n, n+m], of E and E ∘ tanh, columns of Â before those of Bᵀ."""
+    store_partial(own, carry, 0, N, N, N + M)
+    store_partial(own, write, N, N, M, N + M)
+    if DYNAMIC:
+        store_partial(own + N * (N + M), carry_tanh, 0, N, N, N + M)
+        store_partial(own + N * (N + M), write_tanh, N, N, M, N + M)
+
+
+@triton.jit
+def depth_backward_kernel(
+    H, Z, G, G_H, G_Z, E, partial, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, T, eps,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BT: tl.constexpr,
+    BD: tl.constexpr, MANY: tl.constexpr, PREC: tl.constexpr, DYNAMIC: tl.constexpr,
+):  # fmt: skip
+    """Program p takes blocks p, p + P, …, and writes its sums over tokens to partial[p]."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    carry, carry_tanh = tl.zeros((NP, NP), tl.float32), tl.zeros((NP, NP), tl.float32)
+    write, write_tanh = tl.zeros((NP, MP), tl.float32), tl.zeros((NP, MP), tl.float32)
+    for block in range(program, tl.cdiv(T, BT), programs):
+        a, b, c, d = depth_backward_block(
+            H, Z, G, G_H, G_Z, E, tokens(block, BT), T, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, eps,
+            M, N, D, MP, NP, BT, BD, MANY, PREC, DYNAMIC,
+        )  # fmt: skip
+        carry += a
+        carry_tanh += b
+        write += c
+        write_tanh += d
+    store_depth_partial(partial + program * (2 * N * (N + M)), carry, carry_tanh, write, write_tanh, M, N, DYNAMIC)

@@ -1,0 +1,198 @@
+"""What the Triton kernels are made of: rows in, rows out, and the five small products of a GHC.
+
+Notation, as in `vwn_ref.ghc` and `vwn_ref.dynamic`. One program works on BT tokens and walks along d_b in steps of BD.
+
+    tile of rows   X [BT, RP, BD]   BT tokens, R rows of each, BD of the d_b columns; float32 in registers
+    matrix         C [BT, IP, KP]   one matrix a token, whole, in registers
+    RP, IP, KP     R, I, K rounded up to a power of two, because a Triton tile has no other sizes. What lies beyond
+                   R, I, K and beyond the last token is loaded as 0, adds nothing to any sum, and is never stored.
+
+16-bit numbers become float32 as they are loaded and 16-bit again as they are stored: all arithmetic is in float32.
+
+Sums over slots and segments are short (R ≤ 72), sums over d_b are long. Long ones go to the tensor cores (`tl.dot`).
+Of the short ones, `mix`, `unmix` and `spread` have two forms, chosen by n (`MANY` is True from n = 9 on):
+
+    few slots    multiply and add, element by element. A tensor core would fill its 16 × 16 tile with padding: for
+                 (2, 3), 9 of 256 products would count. At 2·2·n·(m+n)·d_b flops against 2·2·(m+n)·d_b bytes, (4, 8)
+                 has 8 flops a byte, and memory is the limit up to about 20 (float32 rate over bandwidth of an H100).
+    many slots   tensor cores. (8, 64) has 64 flops a byte, too many for multiply-and-add.
+
+PREC is how `tl.dot` treats float32: "tf32" (11 significant bits) where states have 16 bits, whose 8 or 11 bits it holds
+without loss, so that only coefficients are rounded, to 2⁻¹¹; "ieee" (all 24 bits) for float32 states.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tanh(x):
+    """To 2e-7, also relatively, near 0, where 1 − e cancels; there is no tanh that compiles and is interpreted."""
+    e = tl.exp(-2.0 * tl.abs(x))
+    far = (1.0 - e) / (1.0 + e)
+    xx = x * x
+    near = x * (1.0 + xx * (-1.0 / 3.0 + xx * (2.0 / 15.0 - xx * (17.0 / 315.0))))
+    return tl.where(tl.abs(x) < 0.2, near, tl.where(x < 0.0, -far, far))
+
+
+# ------------------------------------------------------------------------------------------------- loads and stores
+
+
+@triton.jit
+def tokens(block, BT: tl.constexpr):
+    """The token numbers of a block, in 64 bits: a state may have more than 2³¹ elements."""
+    return tl.arange(0, BT).to(tl.int64) + block * BT
+
+
+@triton.jit
+def row_offsets(t, c, R: tl.constexpr, D: tl.constexpr, RP: tl.constexpr):
+    """Of rows 0 … R − 1 of tokens `t`, columns `c`, in a contiguous [T, R, D]: [BT, RP, BD]."""
+    r = tl.arange(0, RP)
+    return (t[:, None, None] * R + r[None, :, None]) * D + c[None, None, :]
+
+
+@triton.jit
+def row_mask(t, T, c, R: tl.constexpr, D: tl.constexpr, RP: tl.constexpr):
+    """Where `row_offsets` lie inside."""
+    r = tl.arange(0, RP)
+    return (t[:, None, None] < T) & (r[None, :, None] < R) & (c[None, None, :] < D)
+
+
+@triton.jit
+def load_rows(pointer, t, T, c, R: tl.constexpr, D: tl.constexpr, RP: tl.constexpr):
+    """X [BT, RP, BD] of a contiguous [T, R, D], as float32."""
+    X = tl.load(pointer + row_offsets(t, c, R, D, RP), mask=row_mask(t, T, c, R, D, RP), other=0.0)
+    return X.to(tl.float32)
+
+
+@triton.jit
+def store_rows(pointer, X, t, T, c, R: tl.constexpr, D: tl.constexpr, RP: tl.constexpr):
+    """The inverse; rounds to the type of the memory."""
+    offsets = row_offsets(t, c, R, D, RP)
+    tl.store(pointer + offsets, X.to(pointer.dtype.element_ty), mask=row_mask(t, T, c, R, D, RP))
+
+
+@triton.jit
+def load_parameter(
+    pointer, column, I: tl.constexpr, K: tl.constexpr, row_stride: tl.constexpr, column_stride: tl.constexpr,
+    IP: tl.constexpr, KP: tl.constexpr,
+):  # fmt: skip
+    """[IP, KP] of a parameter: I rows, and K columns from `column` on. Strides swapped, the transpose."""
+    i, k = tl.arange(0, IP)[:, None], tl.arange(0, KP)[None, :]
+    inside = (i < I) & (k < K)
+    return tl.load(pointer + i * row_stride + (column + k) * column_stride, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_V(W, gain, c, column, K: tl.constexpr, stride: tl.constexpr, D: tl.constexpr, KP: tl.constexpr):
+    """V = gain ∘ W / τ of Eqs. (12)-(14), τ = √d_b: rows `c` and K columns of W from `column` on, [BD, KP]."""
+    k = tl.arange(0, KP)[None, :]
+    inside = (c[:, None] < D) & (k < K)
+    w = tl.load(W + c[:, None] * stride + column + k, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(gain + c, mask=c < D, other=0.0).to(tl.float32)
+    return w * (g * (1.0 / tl.sqrt(D * 1.0)))[:, None]
+
+
+@triton.jit
+def slot_mask(t, T, N: tl.constexpr, NP: tl.constexpr):
+    """[BT, NP]: True for the slots that exist."""
+    return (t[:, None] < T) & (tl.arange(0, NP)[None, :] < N)
+
+
+@triton.jit
+def store_matrix(pointer, C, t, T, column, K: tl.constexpr, R: tl.constexpr, stride: tl.constexpr, KP: tl.constexpr):
+    """C [BT, RP, KP] into columns `column` … of a contiguous [T, R, stride]."""
+    r, k = tl.arange(0, C.shape[1])[None, :, None], tl.arange(0, KP)[None, None, :]
+    offsets = (t[:, None, None] * R + r) * stride + column + k
+    tl.store(pointer + offsets, C, mask=(t[:, None, None] < T) & (r < R) & (k < K))
+
+
+@triton.jit
+def store_partial(pointer, X, column, I: tl.constexpr, K: tl.constexpr, stride: tl.constexpr):
+    """X [IP, KP], a sum over this program's tokens, into columns `column` … of its own [I, stride]."""
+    i, k = tl.arange(0, X.shape[0])[:, None], tl.arange(0, X.shape[1])[None, :]
+    tl.store(pointer + i * stride + column + k, X, mask=(i < I) & (k < K))
+
+
+@triton.jit
+def add_partial(pointer, X, c, R: tl.constexpr, D: tl.constexpr, RP: tl.constexpr):
+    """Add Σ over tokens of X [BT, RP, BD] to this program's own [R, D]. No other program touches it: no atomics."""
+    r = tl.arange(0, RP)
+    inside = (r[:, None] < R) & (c[None, :] < D)
+    place = pointer + r[:, None] * D + c[None, :]
+    before = tl.load(place, mask=inside, other=0.0)
+    tl.debug_barrier()  # threads may hold copies of an element: all have read before one writes
+    tl.store(place, before + tl.sum(X, axis=0), mask=inside)
+    tl.debug_barrier()
+
+
+# ---------------------------------------------------------------------------------------------------- products
+
+
+@triton.jit
+def project(X, V, PREC: tl.constexpr):
+    """Σ_d X[t, r, d] V[d, k], one V for all: [BT, RP, KP]. A flat product of BT · RP rows."""
+    BT: tl.constexpr = X.shape[0]
+    RP: tl.constexpr = X.shape[1]
+    flat = tl.dot(tl.reshape(X, (BT * RP, X.shape[2])), V, input_precision=PREC)
+    return tl.reshape(flat, (BT, RP, V.shape[1]))
+
+
+@triton.jit
+def correlate(X, Y, PREC: tl.constexpr):
+    """Σ_d X[t, i, d] Y[t, k, d]: [BT, IP, KP]."""
+    return tl.dot(X, tl.permute(Y, (0, 2, 1)), input_precision=PREC)
+
+
+@triton.jit
+def mix(C, X, MANY: tl.constexpr, PREC: tl.constexpr):
+    """Cᵀ X of each token, Σ_i C[t, i, k] X[t, i, d]: [BT, KP, BD]."""
+    if MANY:
+        return tl.dot(tl.permute(C, (0, 2, 1)), X, input_precision=PREC)
+    return tl.sum(C[:, :, :, None] * X[:, :, None, :], axis=1)
+
+
+@triton.jit
+def unmix(C, Y, MANY: tl.constexpr, PREC: tl.constexpr):
+    """C Y of each token, Σ_k C[t, i, k] Y[t, k, d]: [BT, IP, BD]. What `mix` does to gradients."""
+    return mix(tl.permute(C, (0, 2, 1)), Y, MANY, PREC)
+
+
+@triton.jit
+def spread(e, V, MANY: tl.constexpr, PREC: tl.constexpr):
+    """Σ_k e[t, i, k] V[d, k]: [BT, IP, BD]. What `project` does to gradients."""
+    if MANY:
+        return project(e, tl.trans(V), PREC)
+    Vt = tl.trans(V)
+    return tl.sum(e[:, :, :, None] * Vt[None, None, :, :], axis=2)
+
+
+@triton.jit
+def inverse_root(total, count, eps, inside):
+    """1/√(total/count + ε), and 0 outside: padding has total = 0, and with ε = 0 its infinity would spoil the sums."""
+    return tl.where(inside, 1.0 / tl.sqrt(tl.where(inside, total / count + eps, 1.0)), 0.0)
+
+
+# ------------------------------------------------------------------------------------------------- coefficients
+
+
+@triton.jit
+def coefficients(p, rstd, static, scale, DYNAMIC: tl.constexpr):
+    """C = scale ∘ tanh(q) + static with q = rstd · p, Eqs. (13) and (14), and that tanh. All [BT, IP, KP].
+
+    p = H V unnormalised: the RMSNorm of Eq. (12) is one factor a slot, so it can wait until the sum is done, and H is
+    read once for the projection and for its mean square.
+    """
+    if DYNAMIC:
+        T = tanh(p * rstd[:, :, None])
+        return scale[None, :, :] * T + static[None, :, :], T
+    C = tl.broadcast_to(static[None, :, :], p.shape)
+    return C, C
+
+
+@triton.jit
+def through_tanh(E, T, scale):
+    """∂L/∂q from E = ∂L/∂C: E ∘ S ∘ (1 − tanh²)."""
+    return E * scale[None, :, :] * (1.0 - T * T)
