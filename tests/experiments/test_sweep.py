@@ -9,12 +9,14 @@ import shutil
 import signal
 import time
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
 from vwn_ref import VWNTransformer
+from vwn_ref.cost import add, model_flops, model_parameters
 from vwn_ref.experiments import sweep as module
 from vwn_ref.experiments.checkpoint import load, save
 from vwn_ref.experiments.compare import load_runs, paired
@@ -238,6 +240,42 @@ def test_the_studies(file, tmp_path, monkeypatch, capsys):
         assert [run.config.seed for run in runs if run.variant == base] == seeds
 
 
+def test_studies_that_share_a_folder_share_runs():
+    """C and E take what A has made: one name there is one config."""
+    seen = {}
+    for file in STUDIES:
+        for run in read_sweep(file).runs:
+            seen.setdefault(run.folder, set()).add(json.dumps(dataclasses.asdict(run.config)))
+    assert {len(configs) for configs in seen.values()} == {1}
+    names = [{run.folder for run in read_sweep(file).runs} for file in STUDIES if file.stem in ("a_r_sweep", "c_m")]
+    assert len(names[0] & names[1]) == 12  # plain, r2, r4, r8 with three seeds
+
+
+def test_what_study_E_says_of_its_plain_models():
+    models = {run.variant: run.config.model for run in read_sweep(STUDIES[0].with_name("e_parts.toml")).runs}
+
+    def size(model):
+        return sum(model_parameters(model).values())
+
+    def flops(model):
+        return add(*model_flops(model, 64).values()).total
+
+    def nearest(count, wide, field, values):
+        wanted = count(models[wide])
+        return min(values, key=lambda value: abs(count(replace(models["plain"], **{field: value})) - wanted))
+
+    assert [(size(models[r]), round(flops(models[r]), -3)) for r in ("r2", "r4")] == [
+        (120672, 289000),
+        (163552, 385000),
+    ]
+    for wide, dim, layers, percent in (("r2", 36, 6, 2), ("r4", 44, 9, -2)):
+        for count in (size, flops):
+            assert nearest(count, wide, "dim", range(32, 80, 4)) == dim == models[f"plain-d{dim}"].dim
+            assert round(100 * (count(models[f"plain-d{dim}"]) / count(models[wide]) - 1)) == -percent
+        assert nearest(size, wide, "n_layers", range(4, 20)) == layers == models[f"plain-l{layers}"].n_layers
+        assert round(100 * (size(models[f"plain-l{layers}"]) / size(models[wide]) - 1)) == percent
+
+
 # ------------------------------------------------------------------------------------ finished and other folders
 
 
@@ -314,7 +352,7 @@ def test_runs_from_before_a_field_are_the_same_runs(copied):
     check_folders(read_sweep(file, out).runs)
     assert {name: len(runs) for name, runs in load_runs(out).items()} == {"plain": 2, "r1.5": 2}
     run = read_sweep(file, out).runs[1]
-    other = dataclasses.replace(run, config=dataclasses.replace(run.config, decay_static=True))
+    other = replace(run, config=replace(run.config, decay_static=True))
     with pytest.raises(ValueError, match="decay_static: the run has False, asked for True"):
         check_folders([other])
 
