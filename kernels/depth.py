@@ -13,10 +13,23 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from vwn_ref.kernels.tiles import (
-    coefficients, correlate, inverse_root, load_parameter, load_rows, load_V, mix, project, slot_mask, spread,
-    store_matrix, store_partial, store_rows, through_tanh, tokens, unmix,
+    coefficients,
+    correlate,
+    inverse_root,
+    load_parameter,
+    load_rows,
+    load_V,
+    mix,
+    project,
+    slot_mask,
+    spread,
+    store_matrix,
+    store_partial,
+    store_rows,
+    through_tanh,
+    tokens,
+    unmix,
 )  # fmt: skip
 
 

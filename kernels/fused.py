@@ -9,6 +9,7 @@ tests and lessons, when TRITON_INTERPRET=1 was set before Triton was imported.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 import triton
 from torch import Tensor
+from torch.autograd import forward_ad
 from triton import next_power_of_2
 from vwn_ref.kernels.depth import depth_backward_kernel, depth_kernel
 from vwn_ref.kernels.last import last_backward_kernel, last_kernel
@@ -62,19 +64,44 @@ class Tile(NamedTuple):
     num_warps: int
 
 
-def tile(m: int, n: int, d: int) -> Tile:
-    """One good choice, the same for every number of tokens; `vwn_ref.kernels.bench` compares it with others.
+def is_many(n: int) -> bool:
+    """Whether sums over slots go to the tensor cores: see `vwn_ref.kernels.tiles`."""
+    return n > 4
 
-    Few slots: one warp a program, so that a sum over slots stays inside a thread and no warp waits for another, and
-    some 2,048 elements of state, 64 a thread. Many slots: one token, four warps, which share its matrix products.
+
+def tile(kernel: str, m: int, n: int, d: int, bits: int) -> Tile:
+    """One good choice a kernel, the same for every number of tokens: the largest that `vwn_ref.kernels.aot` compiles
+    without spilling registers. Which is fastest, `vwn_ref.kernels.bench` says where there is a GPU.
+
+    Few slots: as a rule one warp a program, so that a sum over slots stays inside a thread and no warp waits for
+    another. Many: four or more warps, which share a token's matrix products.
     """
-    columns = max(16, next_power_of_2(d))
-    if INTERPRETED:
-        return Tile(8 if n <= 8 else 4, min(columns, 32), 1)  # every operation of every program costs the same: be few
-    if n <= 8:
-        BD = min(columns, 256 if n > 4 else 128)
-        return Tile(max(1, 2048 // (BD * next_power_of_2(n)) // (1 if n > 4 else 2)), BD, 1)
-    return Tile(1, min(columns, 64), 4)
+    if INTERPRETED:  # every operation of every program costs the same there: few programs, and more than one chunk
+        tile = Tile(8 if n <= 8 else 4, 32, 1)
+    elif kernel.startswith("weights"):
+        tile = Tile(1, 64 if m + n <= 64 else 32, 4)
+    else:
+        tile = _TILES[kernel.removesuffix("_kernel") if "backward" in kernel else "forward", bits][_kind(n)]
+    return tile._replace(BD=max(16, min(tile.BD, next_power_of_2(d))))
+
+
+def _kind(n: int) -> int:
+    return 0 if not is_many(n) else 1 if n <= 8 else 2 if n <= 16 else 3
+
+
+# (kernel, bits of the state) -> for n ≤ 4, n ≤ 8, n ≤ 16, more
+_TILES = {
+    ("forward", 16): (Tile(1, 256, 1), Tile(2, 64, 4), Tile(1, 64, 4), Tile(1, 64, 8)),
+    ("forward", 32): (Tile(1, 256, 1), Tile(2, 64, 4), Tile(1, 64, 4), Tile(1, 32, 8)),
+    ("width_backward", 16): (Tile(1, 256, 1), Tile(2, 64, 4), Tile(1, 64, 4), Tile(1, 64, 8)),
+    ("width_backward", 32): (Tile(1, 64, 2), Tile(2, 64, 4), Tile(1, 64, 4), Tile(1, 64, 8)),
+    ("depth_backward", 16): (Tile(2, 64, 1), Tile(2, 64, 4), Tile(1, 64, 4), Tile(1, 64, 8)),
+    ("depth_backward", 32): (Tile(2, 32, 1), Tile(2, 64, 4), Tile(1, 64, 4), Tile(1, 64, 8)),
+    ("step_backward", 16): (Tile(1, 64, 2), Tile(2, 64, 4), Tile(1, 64, 8), Tile(1, 32, 8)),
+    ("step_backward", 32): (Tile(1, 32, 1), Tile(2, 64, 4), Tile(1, 64, 8), Tile(1, 32, 8)),
+    ("last_backward", 16): (Tile(2, 128, 1), Tile(2, 64, 4), Tile(1, 64, 4), Tile(1, 64, 8)),
+    ("last_backward", 32): (Tile(2, 128, 1), Tile(2, 64, 4), Tile(1, 64, 4), Tile(1, 64, 8)),
+}
 
 
 @functools.cache
@@ -85,14 +112,35 @@ def programs(device: torch.device, many: bool) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count * (2 if many else 8)
 
 
-def sizes(m: int, n: int, d: int, dtype: torch.dtype, chosen: Tile | None = None) -> dict:
+def fuses_step_backward(n: int, bits: int) -> bool:
+    """Whether a step's backward is one kernel. Else it is two, of width and of depth, and moves 2n more rows a token:
+    for many slots, and for float32, one kernel would spill what it has to remember of both."""
+    return n <= 16 and bits == 16
+
+
+def sizes(kernel: str, m: int, n: int, d: int, dtype: torch.dtype) -> dict:
     """The compile-time arguments that all kernels but `weights_kernel` have, and num_warps."""
-    many = n > 8
-    BT, BD, num_warps = chosen or tile(m, n, d)
-    MP, NP = next_power_of_2(m), next_power_of_2(n)
+    BT, BD, num_warps = tile(kernel, m, n, d, 8 * dtype.itemsize)
+    many, MP, NP = is_many(n), next_power_of_2(m), next_power_of_2(n)
     return {
-        "M": m, "N": n, "D": d, "MP": max(8, MP) if many else MP, "NP": NP, "BT": BT, "BD": BD, "MANY": many,
-        "PREC": "ieee" if dtype == torch.float32 or torch.version.hip else "tf32", "num_warps": num_warps,
+        "M": m, "N": n, "D": d, "BT": BT, "BD": BD, "MANY": many, "PREC": precision(dtype), "num_warps": num_warps,
+        "MP": max(8, MP) if many else MP, "NP": max(8, NP) if many else NP,  # no fewer than 8 on a tensor core
+    }  # fmt: skip
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How `tl.dot` treats float32 for states of a dtype: see `vwn_ref.kernels.tiles`."""
+    if INTERPRETED or torch.version.hip:
+        return "ieee"
+    return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+def weight_sizes(m: int, n: int, d: int, K: int, dtype: torch.dtype) -> dict:
+    """The compile-time arguments of `weights_kernel`, for K columns, and num_warps."""
+    tiling = tile("weights_kernel", m, n, d, 8 * dtype.itemsize)
+    return {
+        "D": d, "K": K, "KP": max(16, next_power_of_2(K)), "BR": 64, "BD": tiling.BD, "PREC": precision(dtype),
+        "num_warps": tiling.num_warps,
     }  # fmt: skip
 
 
@@ -104,16 +152,18 @@ class Launch:
         self.m, self.dynamic = m, dynamic
         self.T = H.numel() // (self.n * self.d)
         self.device = H.device
-        self.sizes = sizes(m, self.n, self.d, H.dtype) | {"DYNAMIC": dynamic}
-        self.blocks = triton.cdiv(self.T, self.sizes["BT"])
-        self.programs = min(self.blocks, programs(H.device, self.sizes["MANY"]))
+        self.dtype = H.dtype
+        # of a backward pass; no more than there are tokens, for which no block is smaller
+        self.programs = min(self.T, programs(H.device, is_many(self.n)))
 
-    def start(self, kernel, count: int, *arguments, **more) -> None:
-        """Run `count` programs; for an absent tensor any other stands in, the kernel does not touch it."""
+    def start(self, kernel, *arguments, count: int | None = None, **more) -> None:
+        """Run `count` programs, or one a block. For an absent tensor another stands in, which no kernel touches."""
         if self.T:
+            chosen = sizes(kernel.__name__, self.m, self.n, self.d, self.dtype)
             arguments = [arguments[0] if a is None else a for a in arguments]
-            with torch.cuda.device(self.device) if self.device.type == "cuda" else torch.device("cpu"):
-                kernel[(count,)](*arguments, **self.sizes, **more)
+            with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
+                count = triton.cdiv(self.T, chosen["BT"]) if count is None else count
+                kernel[(count,)](*arguments, **chosen, **more, DYNAMIC=self.dynamic)
 
     def zeros(self, *shape: int) -> Tensor:
         """float32, for sums."""
@@ -131,14 +181,11 @@ class Launch:
     def weight_gradient(self, H: Tensor, E: Tensor) -> Tensor:
         """Σ H′ᵀ E over tokens and slots: [d_b, columns]."""
         rows, d, K = self.T * self.n, self.d, E.shape[-1]
-        KP = max(16, next_power_of_2(K))
-        BR, BD = 64, min(max(16, next_power_of_2(d)), 64 if KP <= 64 else 32)
-        splits = min(triton.cdiv(rows, BR), 2 if self.device.type == "cpu" else 128)
+        constants = weight_sizes(self.m, self.n, d, K, H.dtype)
+        splits = min(triton.cdiv(rows, constants["BR"]), 2 if self.device.type == "cpu" else 128)
         partial = torch.empty((splits, d, K), device=self.device)
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else torch.device("cpu"):
-            weights_kernel[(triton.cdiv(d, BD), splits)](
-                H, E, partial, rows, D=d, K=K, KP=KP, BR=BR, BD=BD, PREC=self.sizes["PREC"], num_warps=4
-            )
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
+            weights_kernel[(triton.cdiv(d, constants["BD"]), splits)](H, E, partial, rows, **constants)
         return partial.sum(0)
 
 
@@ -165,6 +212,20 @@ def _into(like: Tensor, part: Tensor, columns: slice) -> Tensor:
     return whole
 
 
+def suited(H: Tensor, *parameters: Tensor) -> bool:
+    """True where the kernels compute what the reference would: what "auto" asks."""
+    tensors = (H, *parameters)
+    if any(t.dtype not in DTYPES or t.device != H.device for t in tensors) or H.shape[-2] > MOST_SLOTS:
+        return False
+    if any(t.ndim > 2 for t in parameters) or (H.device.type != "cuda" and not INTERPRETED):
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        return False
+    return all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+
+
 def _no_gradient(H: Tensor) -> Tensor:
     return H.new_empty(0)
 
@@ -177,7 +238,7 @@ def _width(H, A, W_alpha, S_alpha, gain, norm_gain, eps, norm_eps):
     launch = Launch(H, A.shape[1] - A.shape[0], W_alpha is not None)
     x = _new(H, *H.shape[:-2], launch.m * launch.d)
     launch.start(
-        width_kernel, launch.blocks, H, x, A, W_alpha, S_alpha, gain, norm_gain, launch.T, eps, norm_eps,
+        width_kernel, H, x, A, W_alpha, S_alpha, gain, norm_gain, launch.T, eps, norm_eps,
         NORM=norm_gain is not None,
     )  # fmt: skip
     return x
@@ -198,15 +259,16 @@ def _read_gradients(launch: Launch, sums: Tensor, H: Tensor, E: Tensor, norm_sum
     )  # fmt: skip
 
 
-def _width_backward(H, A, W_alpha, S_alpha, gain, norm_gain, eps, norm_eps, g_x):
+def _width_backward(H, A, W_alpha, S_alpha, gain, norm_gain, eps, norm_eps, g_x, add=None):
+    """With `add`, another gradient of H, the gradient of H is the sum of both."""
     H, g_x = H.contiguous(), g_x.contiguous()
     launch = Launch(H, A.shape[1] - A.shape[0], W_alpha is not None)
     m, d = launch.m, launch.d
     g_H, E, sums = torch.empty_like(H), launch.coefficient_gradients(m), launch.partial(m)
     norm_sums = launch.zeros(len(sums), m * d) if norm_gain is not None else sums
     launch.start(
-        width_backward_kernel, launch.programs, H, g_x, g_H, E, sums, norm_sums, A, W_alpha, S_alpha, gain, norm_gain,
-        launch.T, eps, norm_eps, NORM=norm_gain is not None,
+        width_backward_kernel, H, g_x, add, g_H, E, sums, norm_sums, A, W_alpha, S_alpha, gain, norm_gain, launch.T,
+        eps, norm_eps, NORM=norm_gain is not None, ADD=add is not None, count=launch.programs,
     )  # fmt: skip
     return g_H, *_read_gradients(launch, sums, H, E, norm_sums, A, W_alpha, S_alpha, gain, norm_gain)
 
@@ -216,7 +278,7 @@ def _depth(H, z, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, eps):
     launch = Launch(H, B.shape[0], W_alpha is not None)
     out = torch.empty_like(H)
     launch.start(
-        depth_kernel, launch.blocks, H, z, out, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, launch.T, eps
+        depth_kernel, H, z, out, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, launch.T, eps
     )  # fmt: skip
     return out
 
@@ -244,7 +306,7 @@ def _depth_backward(H, z, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, eps, g):
     g_H, g_z = torch.empty_like(H), torch.empty_like(z)
     E, sums = launch.coefficient_gradients(columns), launch.partial(columns)
     launch.start(
-        depth_backward_kernel, launch.programs, H, z, g, g_H, g_z, E, sums, *parameters, launch.T, eps
+        depth_backward_kernel, H, z, g, g_H, g_z, E, sums, *parameters, launch.T, eps, count=launch.programs
     )  # fmt: skip
     return g_H, g_z, *_write_gradients(launch, sums, H, E, *parameters)
 
@@ -257,7 +319,7 @@ def _step(
     launch = Launch(H, B.shape[0], W_alpha is not None)
     out, x = torch.empty_like(H), _new(H, *z.shape)
     launch.start(
-        step_kernel, launch.blocks, H, z, out, x, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, next_A, next_W, next_S,
+        step_kernel, H, z, out, x, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, next_A, next_W, next_S,
         next_gain, norm_gain, launch.T, eps, next_eps, norm_eps, NORM=norm_gain is not None,
     )  # fmt: skip
     return out, x
@@ -272,13 +334,16 @@ def _step_backward(
     m, columns = launch.m, launch.n + launch.m
     parameters = (A, B, W_alpha, W_beta, S_alpha, S_beta, gain)
     reading = (next_A, next_W, next_S, next_gain, norm_gain)
+    if not fuses_step_backward(launch.n, 8 * H.dtype.itemsize):
+        g, *of_width = _width_backward(out, *reading, next_eps, norm_eps, g_x, add=g_out)
+        return *_depth_backward(H, z, *parameters, eps, g), *of_width
     g_H, g_z = torch.empty_like(H), torch.empty_like(z)
     E, next_E = launch.coefficient_gradients(columns), launch.coefficient_gradients(m)
     sums, next_sums = launch.partial(columns), launch.partial(m)
     norm_sums = launch.zeros(len(sums), m * launch.d) if norm_gain is not None else sums
     launch.start(
-        step_backward_kernel, launch.programs, H, z, out, g_out, g_x, g_H, g_z, E, next_E, sums, next_sums, norm_sums,
-        *parameters, *reading, launch.T, eps, next_eps, norm_eps, NORM=norm_gain is not None,
+        step_backward_kernel, H, z, out, g_out, g_x, g_H, g_z, E, next_E, sums, next_sums, norm_sums,
+        *parameters, *reading, launch.T, eps, next_eps, norm_eps, NORM=norm_gain is not None, count=launch.programs,
     )  # fmt: skip
     return (
         g_H, g_z, *_write_gradients(launch, sums, H, E, *parameters),
@@ -291,7 +356,7 @@ def _last(H, z, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, weight, bias, eps,
     launch = Launch(H, B.shape[0], W_alpha is not None)
     y = torch.empty_like(H)
     launch.start(
-        last_kernel, launch.blocks, H, z, y, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, weight, bias, launch.T, eps,
+        last_kernel, H, z, y, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, weight, bias, launch.T, eps,
         norm_eps,
     )  # fmt: skip
     return y
@@ -304,8 +369,8 @@ def _last_backward(H, z, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, weight, b
     g = torch.empty_like(H)
     weight_sums, bias_sums = launch.zeros(2, max(launch.programs, 1), launch.n * launch.d)
     launch.start(
-        last_backward_kernel, launch.programs, H, z, g_y, g, weight_sums, bias_sums, *parameters, weight, launch.T, eps,
-        norm_eps,
+        last_backward_kernel, H, z, g_y, g, weight_sums, bias_sums, *parameters, weight, launch.T, eps,
+        norm_eps, count=launch.programs,
     )  # fmt: skip
     of_depth = _depth_backward(H, z, *parameters, eps, g)
     return *of_depth, weight_sums.sum(0).to(weight.dtype), bias_sums.sum(0).to(bias.dtype)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from vwn_ref.kernels.depth import new_rows, write_matrices
 from vwn_ref.kernels.tiles import add_partial, inverse_root, load_rows, row_mask, slot_mask, store_rows, tokens
 

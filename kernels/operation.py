@@ -81,7 +81,9 @@ class Operation:
             @made.register_fake
             def _(*arguments):
                 found = tuple(
-                    arguments[0].new_empty(0) if shape is None else arguments[i if like is None else like].new_empty(shape)
+                    arguments[0].new_empty(0)
+                    if shape is None
+                    else arguments[i if like is None else like].new_empty(shape)
                     for i, shape in enumerate(shapes(*arguments))
                 )
                 return found if len(found) > 1 else found[0]

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from vwn_ref.kernels.depth import depth_backward_block, depth_block, store_depth_partial
 from vwn_ref.kernels.tiles import store_partial, tokens
 from vwn_ref.kernels.width import width_backward_block, width_block

@@ -76,12 +76,12 @@ def store_rows(pointer, X, t, T, c, R: tl.constexpr, D: tl.constexpr, RP: tl.con
 
 @triton.jit
 def load_parameter(
-    pointer, column, I: tl.constexpr, K: tl.constexpr, row_stride: tl.constexpr, column_stride: tl.constexpr,
-    IP: tl.constexpr, KP: tl.constexpr,
+    pointer, column, R: tl.constexpr, K: tl.constexpr, row_stride: tl.constexpr, column_stride: tl.constexpr,
+    RP: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
-    """[IP, KP] of a parameter: I rows, and K columns from `column` on. Strides swapped, the transpose."""
-    i, k = tl.arange(0, IP)[:, None], tl.arange(0, KP)[None, :]
-    inside = (i < I) & (k < K)
+    """[RP, KP] of a parameter: R rows, and K columns from `column` on. Strides swapped, the transpose."""
+    i, k = tl.arange(0, RP)[:, None], tl.arange(0, KP)[None, :]
+    inside = (i < R) & (k < K)
     return tl.load(pointer + i * row_stride + (column + k) * column_stride, mask=inside, other=0.0).to(tl.float32)
 
 
@@ -110,10 +110,10 @@ def store_matrix(pointer, C, t, T, column, K: tl.constexpr, R: tl.constexpr, str
 
 
 @triton.jit
-def store_partial(pointer, X, column, I: tl.constexpr, K: tl.constexpr, stride: tl.constexpr):
-    """X [IP, KP], a sum over this program's tokens, into columns `column` … of its own [I, stride]."""
+def store_partial(pointer, X, column, R: tl.constexpr, K: tl.constexpr, stride: tl.constexpr):
+    """X [RP, KP], a sum over this program's tokens, into columns `column` … of its own [R, stride]."""
     i, k = tl.arange(0, X.shape[0])[:, None], tl.arange(0, X.shape[1])[None, :]
-    tl.store(pointer + i * stride + column + k, X, mask=(i < I) & (k < K))
+    tl.store(pointer + i * stride + column + k, X, mask=(i < R) & (k < K))
 
 
 @triton.jit

@@ -16,10 +16,24 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from vwn_ref.kernels.tiles import (
-    add_partial, coefficients, correlate, inverse_root, load_parameter, load_rows, load_V, mix, project, slot_mask,
-    spread, store_matrix, store_partial, store_rows, through_tanh, tokens, unmix,
+    add_partial,
+    coefficients,
+    correlate,
+    inverse_root,
+    load_parameter,
+    load_rows,
+    load_V,
+    mix,
+    project,
+    slot_mask,
+    spread,
+    store_matrix,
+    store_partial,
+    store_rows,
+    through_tanh,
+    tokens,
+    unmix,
 )  # fmt: skip
 
 
@@ -88,8 +102,9 @@ def width_kernel(
 #     g_H′ = Å g_x + rstd (e Vᵀ) − H′ · rstd² Σ_k(e ∘ q) / d_b       mixing, projection, RMSNorm of the slot
 #     g_V  = Σ H′ᵀ (rstd · e)                       over tokens and slots; see weights.py
 #
-# With the norm, x̂ = x / rms(x) and g_x = (γ ∘ g_y − x̂ · mean(x̂ ∘ γ ∘ g_y)) / rms(x). That mean needs all of x before g_x
-# is known anywhere, but E is linear in g_x: E = (H′ (γ ∘ g_y)ᵀ − c · H′ xᵀ) / rms(x), both products taken on the way.
+# With the norm, x̂ = x / rms(x) and g_x = (γ ∘ g_y − x̂ · mean(x̂ ∘ γ ∘ g_y)) / rms(x). That mean needs all of x before
+# g_x is known anywhere, but E is linear in g_x: E = (H′ (γ ∘ g_y)ᵀ − c · H′ xᵀ) / rms(x), and both of these products can
+# be summed on the way.
 
 
 @triton.jit
@@ -150,18 +165,19 @@ def width_backward_block(
 
 @triton.jit
 def width_backward_kernel(
-    H, G, G_H, E, partial, norm_partial, A, W_alpha, S_alpha, gain, norm_gain, T, eps, norm_eps,
+    H, G, G_add, G_H, E, partial, norm_partial, A, W_alpha, S_alpha, gain, norm_gain, T, eps, norm_eps,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BT: tl.constexpr,
     BD: tl.constexpr, MANY: tl.constexpr, PREC: tl.constexpr, DYNAMIC: tl.constexpr, NORM: tl.constexpr,
+    ADD: tl.constexpr,
 ):  # fmt: skip
-    """Program p takes blocks p, p + P, …, and writes its sums over tokens to partial[p]: [2, n, m], of E and E ∘ tanh."""
+    """Program p takes blocks p, p + P, …; its sums over tokens, of E and E ∘ tanh, go to partial[p]: [2, n, m]."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     sum_E = tl.zeros((NP, MP), tl.float32)
     sum_ET = tl.zeros((NP, MP), tl.float32)
     for block in range(program, tl.cdiv(T, BT), programs):
         a, b = width_backward_block(
-            H, G, G, G_H, E, norm_partial + program * (M * D), tokens(block, BT), T, A, W_alpha, S_alpha, gain,
-            norm_gain, eps, norm_eps, M, N, D, MP, NP, BT, BD, MANY, PREC, DYNAMIC, NORM, False,
+            H, G, G_add, G_H, E, norm_partial + program * (M * D), tokens(block, BT), T, A, W_alpha, S_alpha, gain,
+            norm_gain, eps, norm_eps, M, N, D, MP, NP, BT, BD, MANY, PREC, DYNAMIC, NORM, ADD,
         )  # fmt: skip
         sum_E += a
         sum_ET += b

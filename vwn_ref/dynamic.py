@@ -71,11 +71,17 @@ class DynamicGHC(GHC):
 
     def matrices(self, H: Float[Tensor, "*b n d"]) -> tuple[Float[Tensor, "*b n k"], Float[Tensor, "*b m n"]]:
         """Eqs. (13) and (14) for this input: A [..., n, m+n] and B [..., m, n]."""
-        return dynamic_matrices(self._check_state(H), *self._parameters_in_order())
+        return dynamic_matrices(self._check_state(H), *self.parameters_in_order(), self.eps)
 
     def width(self, H: Float[Tensor, "*b n d"]) -> tuple[Float[Tensor, "*b D"], State]:
         """As `GHC.width`, with this input's matrices."""
-        return self.ops.dynamic_width(self._check_state(H), *self._parameters_in_order())
+        return self.ops.dynamic_width(self._check_state(H), *self.parameters_in_order(), self.eps)
 
-    def _parameters_in_order(self) -> tuple:
-        return (self.A, self.B, self.W_alpha, self.W_beta, self.S_alpha, self.S_beta, self.norm.weight, self.norm.eps)
+    @property
+    def eps(self) -> float | None:
+        """ε of the RMSNorm; None is the machine epsilon."""
+        return self.norm.eps
+
+    def parameters_in_order(self) -> tuple[Tensor, ...]:
+        """As `dynamic_width` takes them."""
+        return (self.A, self.B, self.W_alpha, self.W_beta, self.S_alpha, self.S_beta, self.norm.weight)

@@ -87,9 +87,18 @@ class GHC(nn.Module):
         from vwn_ref.ops import select  # the seam stands on the functions above
 
         self.dim, self.m, self.n, self.slot_width = dim, m, n, dim // m
-        self.ops = select(kernels)
+        self.kernels, self.ops = kernels, select(kernels)
         self.A = nn.Parameter(initial_A(m, n))
         self.B = nn.Parameter(initial_B(m, n))
+
+    @property
+    def eps(self) -> float | None:
+        """ε of the RMSNorm, which a static GHC has not."""
+        return 0.0
+
+    def parameters_in_order(self) -> tuple[Tensor, ...]:
+        """As `vwn_ref.ghc.width` and `vwn_ref.dynamic.dynamic_width` take them."""
+        return (self.A, self.B)
 
     def matrices(self, H: Float[Tensor, "*b n d"]) -> tuple[Float[Tensor, "*b n k"], Float[Tensor, "*b m n"]]:
         """A [..., n, m+n] and B [..., m, n] as this input meets them: the same for every token here."""

@@ -27,6 +27,7 @@ from vwn_ref.dynamic import DynamicGHC
 from vwn_ref.embedding import OverWidthEmbedding
 from vwn_ref.ghc import GHC
 from vwn_ref.mtp import MTPHead
+from vwn_ref.ops import through
 from vwn_ref.reduce import Reduce
 
 
@@ -71,13 +72,10 @@ class VWNTransformer(nn.Module):
     def states(self, tokens: Int[Tensor, "b t"]) -> Iterator[Float[Tensor, "b t n d"]]:
         """H′⁰, H′¹, …, H′ᴸ, each [b, t, n, d_b] ([b, t, 1, D] for the plain model).
 
+        For looking at: `forward` computes the same by `vwn_ref.ops.through`, which need not make every state.
         Raises ValueError where the sequence is longer than `max_seq_len`; see also `OverWidthEmbedding`.
         """
-        if tokens.ndim != 2 or tokens.shape[1] > self.cfg.max_seq_len:
-            raise ValueError(
-                f"tokens have shape {tuple(tokens.shape)}: must be [b, t] with t ≤ max_seq_len = {self.cfg.max_seq_len}"
-            )
-        H = self.embedding(tokens)
+        H = self._embedded(tokens)
         yield H
         for connection, layer in zip(self.connections, self.sublayers, strict=True):
             H = connection(H, layer)  # Eq. (10)
@@ -85,7 +83,8 @@ class VWNTransformer(nn.Module):
 
     def forward(self, tokens: Int[Tensor, "b t"]) -> Float[Tensor, "b t v"]:
         """Tokens [b, t] -> logits [b, t, vocab_size]; position i predicts token i+1."""
-        return self._logits(self._first_and_last(tokens)[1])
+        h = through(self._embedded(tokens), self.connections, self.sublayers, self.reduce)
+        return self.unembedding(self.norm(h))
 
     def loss(self, tokens: Int[Tensor, "b t"]) -> Losses:
         """Training losses of windows of t ≥ 2 tokens (≥ 3 with MTP): each token but the first is a target.
@@ -99,8 +98,13 @@ class VWNTransformer(nn.Module):
                 f"tokens have shape {tuple(tokens.shape)}: must be [b, t] with b ≥ 1 and t ≥ {shortest}, "
                 "the last token is only a target"
             )
-        E, H = self._first_and_last(tokens[:, :-1])
-        loss_next = cross_entropy(self._logits(H), tokens[:, 1:])
+        E = self._embedded(tokens[:, :-1])
+        if self.mtp is None:
+            h = through(E, self.connections, self.sublayers, self.reduce)
+        else:
+            H = through(E, self.connections, self.sublayers)  # two read it: reduce and the head
+            h = self.reduce(H)
+        loss_next = cross_entropy(self.unembedding(self.norm(h)), tokens[:, 1:])
         zero = loss_next.new_zeros(())
         loss_next2 = zero
         if self.mtp is not None:
@@ -137,8 +141,10 @@ class VWNTransformer(nn.Module):
         self.eval()
         try:
             for _ in range(max_new_tokens):
-                _, H = self._first_and_last(tokens[:, -self.cfg.max_seq_len :])
-                logits = at_least_float32(self._logits(H[:, -1]))
+                H = through(
+                    self._embedded(tokens[:, -self.cfg.max_seq_len :]), self.connections, self.sublayers
+                )  # only the last position goes on from here
+                logits = at_least_float32(self.unembedding(self.norm(self.reduce(H[:, -1]))))
                 if temperature == 0:
                     choice = logits.argmax(dim=-1, keepdim=True)
                 else:
@@ -164,16 +170,13 @@ class VWNTransformer(nn.Module):
             (exempt if id(p) in static or p.ndim < 2 else decayed).append(p)
         return [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
 
-    def _first_and_last(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """H′⁰ and H′ᴸ, without keeping what lies between."""
-        states = self.states(tokens)
-        first = last = next(states)
-        for last in states:  # noqa: B007 - only the last is wanted
-            pass
-        return first, last
-
-    def _logits(self, H: Tensor) -> Tensor:
-        return self.unembedding(self.norm(self.reduce(H)))
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        """H′⁰, if the tokens are what a model takes."""
+        if tokens.ndim != 2 or tokens.shape[1] > self.cfg.max_seq_len:
+            raise ValueError(
+                f"tokens have shape {tuple(tokens.shape)}: must be [b, t] with t ≤ max_seq_len = {self.cfg.max_seq_len}"
+            )
+        return self.embedding(tokens)
 
 
 def connections(cfg: VWNConfig, count: int) -> nn.ModuleList:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from vwn_ref.backbone import sublayers
 from vwn_ref.config import VWNConfig, check_int
+from vwn_ref.ops import through
 
 
 class BlockLinear(nn.Module):
@@ -74,6 +75,4 @@ class MTPHead(nn.Module):
 
     def forward(self, H: Float[Tensor, "b t n d"], E: Float[Tensor, "b t n d"]) -> Float[Tensor, "b t D"]:
         H = self.mix(self.state_norm(H), self.token_norm(E))
-        for connection, layer in zip(self.connections, self.sublayers, strict=True):
-            H = connection(H, layer)
-        return self.norm(self.reduce(H))
+        return self.norm(through(H, self.connections, self.sublayers, self.reduce))

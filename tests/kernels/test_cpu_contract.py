@@ -173,12 +173,11 @@ def test_a_wrong_z_is_named():
 
 
 def test_the_seam():
+    case = helpers.case(2, 3, 32, (5,), torch.float32)
     assert ops.select("reference") is ops.reference
-    for name in ("cpu", "auto"):
-        chosen = ops.select(name)
-        assert (chosen.width, chosen.dynamic_width, chosen.depth) == (cpu.width, cpu.dynamic_width, cpu.depth)
-    with pytest.raises(ValueError, match="Triton kernels are not part of this version"):
-        ops.select("triton")
+    chosen = ops.select("cpu")
+    assert (chosen.width, chosen.dynamic_width, chosen.depth) == (cpu.width, cpu.dynamic_width, cpu.depth)
+    assert isinstance(ops.select("auto").dynamic_width(*case.inputs, 1e-6)[1], cpu.DynamicState)
     with pytest.raises(ValueError, match="kernels = 'fast'"):
         ops.select("fast")
 
