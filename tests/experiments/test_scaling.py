@@ -104,7 +104,7 @@ def test_an_exact_ratio(ratio):
     for at in (1e6, 0.99 * TOKENS[-1] / ratio):  # just inside: beyond there would be no ratio
         found = token_efficiency(TOKENS, power_law(TOKENS), TOKENS, power_law(ratio * TOKENS), at=at)
         assert found.ratio == pytest.approx(ratio, rel=1e-4) and found.by_seed == (found.ratio,)
-        assert np.isnan(found.low) and np.isnan(found.high)
+        assert np.isnan(found.low) and np.isnan(found.high) and str(found) == f"{ratio:.2f}× (no interval)"
     found = token_efficiency(TOKENS, power_law(TOKENS), TOKENS, power_law(ratio * TOKENS), reach="plain")
     assert found.ratio == pytest.approx(ratio, rel=1e-4)
 
@@ -234,7 +234,8 @@ def test_fits_of_kept_runs(kept, capsys, monkeypatch):
     assert "per doubling of r: -0.1000 ± 0.0000 over seeds; -0.1000 ± 0.0000 over points" in said
     assert "R² 1.0000, at r = 1 on the line 4.0500" in said
     for name, ratio in (("r1", 2), ("r2", 3), ("r4", 5)):
-        assert f"{name}: plain's last train_next with {ratio}.00× ({ratio}.00 to {ratio}.00) fewer tokens" in said
+        wanted = f"plain over {name}, tokens for plain's last train_next: {ratio}.00× ({ratio}.00 to {ratio}.00)"
+        assert wanted in said
 
 
 def test_kept_runs_that_do_not_fit(kept, capsys, monkeypatch):

@@ -264,16 +264,19 @@ def test_what_study_E_says_of_its_plain_models():
         wanted = count(models[wide])
         return min(values, key=lambda value: abs(count(replace(models["plain"], **{field: value})) - wanted))
 
-    assert [(size(models[r]), round(flops(models[r]), -3)) for r in ("r2", "r4")] == [
-        (120672, 289000),
-        (163552, 385000),
-    ]
-    for wide, dim, layers, percent in (("r2", 36, 6, 2), ("r4", 44, 9, -2)):
-        for count in (size, flops):
-            assert nearest(count, wide, "dim", range(32, 80, 4)) == dim == models[f"plain-d{dim}"].dim
-            assert round(100 * (count(models[f"plain-d{dim}"]) / count(models[wide]) - 1)) == -percent
-        assert nearest(size, wide, "n_layers", range(4, 20)) == layers == models[f"plain-l{layers}"].n_layers
-        assert round(100 * (size(models[f"plain-l{layers}"]) / size(models[wide]) - 1)) == percent
+    def percent(count, plain, wide):
+        return round(100 * (count(models[plain]) / count(models[wide]) - 1))
+
+    assert (size(models["r2"]), round(flops(models["r2"]), -3)) == (45_840, 112_000)
+    assert (size(models["r4"]), round(flops(models["r4"]), -3)) == (68_816, 158_000)
+    widths, depths = range(16, 48, 4), range(4, 24)
+    assert (nearest(size, "r2", "dim", widths), nearest(size, "r4", "dim", widths)) == (20, 24)
+    assert (nearest(size, "r4", "n_layers", depths), nearest(flops, "r4", "dim", widths)) == (14, 24)
+    assert (nearest(flops, "r2", "n_layers", depths), nearest(flops, "r4", "n_layers", depths)) == (6, 10)
+    sizes = [percent(size, *pair) for pair in (("plain-d20", "r2"), ("plain-d24", "r4"), ("plain-d28", "r4"))]
+    assert (*sizes, percent(size, "plain-l14", "r4")) == (1, -12, 16, -2)
+    work = [percent(flops, *pair) for pair in (("plain-d20", "r2"), ("plain-d24", "r4"), ("plain-l6", "r2"))]
+    assert (*work, percent(flops, "plain-l10", "r4")) == (6, -3, -2, -2)
 
 
 # ------------------------------------------------------------------------------------ finished and other folders
@@ -298,7 +301,7 @@ def test_the_table(copied, capsys):
     size = sum(p.numel() for p in VWNTransformer(load_run(out / "r1.5-s0")[2].model).parameters())
     losses = [wide.summary["val_next"], wide.summary["val_next"] - plain.summary["val_next"]]
     losses += [wide.summary["val_next2"], wide.summary["val_next2"] - plain.summary["val_next2"]]
-    row = "| r1.5 | {:,} | 1 | {:.4f} | {:+.4f} (one seed) | {:.4f} | {:+.4f} (one seed) |".format(size, *losses)
+    row = "| r1.5 | {:,} | 1 | {:.4f} | {:+.4f} (no interval) | {:.4f} | {:+.4f} (no interval) |".format(size, *losses)
     text = capsys.readouterr().out
     assert row in text.splitlines()
     assert "\nNot finished, 2 of 4 runs: plain-s1, r1.5-s1.\n" in text

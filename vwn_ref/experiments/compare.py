@@ -29,7 +29,7 @@ class Estimate(NamedTuple):
     half_width: float
 
     def __str__(self) -> str:
-        width = "(one seed)" if math.isnan(self.half_width) else f"± {self.half_width:.4f}"
+        width = "(no interval)" if math.isnan(self.half_width) else f"± {self.half_width:.4f}"
         return f"{self.mean:+.4f} {width}"
 
 

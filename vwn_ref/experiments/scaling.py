@@ -201,7 +201,8 @@ class TokenEfficiency:
             reached = sum(ratio is not None for ratio in self.by_seed)
             side = "more" if self.reach == "vwn" else "less"
             return f"{side} than {self.bound:.2f}× (the loss is reached by {reached} of {len(self.by_seed)} seeds)"
-        return f"{self.ratio:.2f}× ({self.low:.2f} to {self.high:.2f})"
+        alone = len(self.by_seed) == 1
+        return f"{self.ratio:.2f}× " + ("(no interval)" if alone else f"({self.low:.2f} to {self.high:.2f})")
 
 
 def token_efficiency(
@@ -374,7 +375,8 @@ def report(config: ScalingConfig) -> str:
             seeds = common_seeds([runs, found[config.base]])
             curves = [curves_of(group, seeds, f"train_{name}") for group in (found[config.base], runs)]
             efficiency = token_efficiency(*curves[0], *curves[1], reach="plain")
-            lines.append(f"  {runs[0].name}: {config.base}'s last train_{name} with {efficiency} fewer tokens")
+            of = f"{config.base} over {runs[0].name}, tokens for {config.base}'s last train_{name}"
+            lines.append(f"  {of}: {efficiency}")
     return "\n".join(lines)
 
 
