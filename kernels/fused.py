@@ -115,7 +115,7 @@ def programs(device: torch.device, many: bool) -> int:
 def fuses_step_backward(n: int, bits: int) -> bool:
     """Whether a step's backward is one kernel. Else it is two, of width and of depth, and moves 2n more rows a token:
     for many slots, and for float32, one kernel would spill what it has to remember of both."""
-    return n <= 16 and bits == 16
+    return INTERPRETED or (n <= 16 and bits == 16)
 
 
 def sizes(kernel: str, m: int, n: int, d: int, dtype: torch.dtype) -> dict:
@@ -226,10 +226,6 @@ def suited(H: Tensor, *parameters: Tensor) -> bool:
     return all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
 
 
-def _no_gradient(H: Tensor) -> Tensor:
-    return H.new_empty(0)
-
-
 # ----------------------------------------------------------------------------------------------- raw operations
 
 
@@ -247,12 +243,12 @@ def _width(H, A, W_alpha, S_alpha, gain, norm_gain, eps, norm_eps):
 def _read_gradients(launch: Launch, sums: Tensor, H: Tensor, E: Tensor, norm_sums: Tensor, A, W_alpha, S_alpha, gain,
                     norm_gain) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of A, W_alpha, S_alpha, gain and norm_gain from the sums of a width's backward."""
-    none, columns = _no_gradient(H), slice(0, launch.m)
+    columns = slice(0, launch.m)
     W = None if W_alpha is None else (W_alpha[:, columns],)
     static, scale, g_W, g_gain = _split(launch, sums, H, E, W, gain)
-    g_norm = none if norm_gain is None else norm_sums.sum(0).to(norm_gain.dtype)
+    g_norm = None if norm_gain is None else norm_sums.sum(0).to(norm_gain.dtype)
     if not launch.dynamic:
-        return _into(A, static, columns), none, none, none, g_norm
+        return _into(A, static, columns), None, None, None, g_norm
     return (
         _into(A, static, columns), _into(W_alpha, g_W, columns), _into(S_alpha, scale, columns),
         g_gain.to(gain.dtype), g_norm,
@@ -285,13 +281,12 @@ def _depth(H, z, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, eps):
 
 def _write_gradients(launch: Launch, sums: Tensor, H, E, A, B, W_alpha, W_beta, S_alpha, S_beta, gain):
     """Gradients of the seven parameters from the sums of a depth's backward."""
-    none, n = _no_gradient(H), launch.n
-    carry = slice(launch.m, None)
+    n, carry = launch.n, slice(launch.m, None)
     W = None if W_alpha is None else (W_alpha[:, carry], W_beta)
     static, scale, g_W, g_gain = _split(launch, sums, H, E, W, gain)
     g_A, g_B = _into(A, static[:, :n], carry), static[:, n:].mT.to(B.dtype).contiguous()
     if not launch.dynamic:
-        return g_A, g_B, none, none, none, none, none
+        return g_A, g_B, None, None, None, None, None
     return (
         g_A, g_B, _into(W_alpha, g_W[:, :n], carry), g_W[:, n:].to(W_beta.dtype).contiguous(),
         _into(S_alpha, scale[:, :n], carry), scale[:, n:].mT.to(S_beta.dtype).contiguous(), g_gain.to(gain.dtype),

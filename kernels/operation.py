@@ -23,7 +23,7 @@ class Operation:
         outputs: how many tensors come out; `kept_outputs` of them, by index, are read by the backward pass.
         run: (inputs) -> outputs.
         run_backward: (kept inputs, kept outputs, numbers, gradients of the outputs) -> gradients of the kept inputs;
-            an empty tensor, or anything, for an input that is None.
+            None for an input that is None.
         shapes: (inputs) -> shapes of the outputs. They have the dtype of the first input.
         reference: (kept inputs, numbers) -> outputs, differentiable as often as wanted; used for second derivatives.
         rest: (gradients of the outputs) -> gradients of the inputs that are not kept.
@@ -47,7 +47,7 @@ class Operation:
                 found = reference_gradients(lambda *t: reference(*t, *ctx.numbers), tensors, gradients)
             else:
                 found = run_backward(*saved, *ctx.numbers, *gradients)
-                found = (None if t is None else g for t, g in zip(tensors, found, strict=True))
+                found = (None if t is None else g for t, g in zip(tensors, found, strict=True))  # traced: not None
             return *found, *rest(*gradients)
 
         def setup_context(ctx, inputs, output):
@@ -90,11 +90,15 @@ class Operation:
 
             return made
 
+        def run_backward_whole(*arguments):
+            """An operator returns tensors: an empty one for None."""
+            return tuple(arguments[0].new_empty(0) if g is None else g for g in run_backward(*arguments))
+
         self.eager = Eager.apply
         self.traced = operator(name, run, inputs, outputs, shapes)
         self.traced_backward = operator(
             f"{name}_backward",
-            run_backward,
+            run_backward_whole,
             backward_inputs,
             kept,
             lambda *t: [None if x is None else x.shape for x in t[:kept]],

@@ -103,8 +103,8 @@ def width_kernel(
 #     g_V  = Σ H′ᵀ (rstd · e)                       over tokens and slots; see weights.py
 #
 # With the norm, x̂ = x / rms(x) and g_x = (γ ∘ g_y − x̂ · mean(x̂ ∘ γ ∘ g_y)) / rms(x). That mean needs all of x before
-# g_x is known anywhere, but E is linear in g_x: E = (H′ (γ ∘ g_y)ᵀ − c · H′ xᵀ) / rms(x), and both of these products can
-# be summed on the way.
+# g_x is known anywhere, but E is linear in g_x: E = (H′ (γ ∘ g_y)ᵀ − c · H′ xᵀ) / rms(x), and both products can be
+# summed on the way.
 
 
 @triton.jit

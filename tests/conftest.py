@@ -22,6 +22,11 @@ jaxtyping.install_import_hook(
 
 import torch  # noqa: E402 -- after OMP_NUM_THREADS
 
+# Before Triton is imported: without a GPU its kernels are interpreted on the CPU.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as it is used; unset, Triton warns that it will change
+
 
 @pytest.fixture(autouse=True)
 def seed():

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from vwn_ref.config import check_widths
 
-State = tuple[Tensor, ...]  # what depth() needs of width(): (B, carried) here, opaque in the fused kernels
+State = tuple  # what depth() needs of width(): (B, carried) here, something else in the fused kernels
 
 
 def initial_A(m: int, n: int) -> Float[Tensor, "n k"]:

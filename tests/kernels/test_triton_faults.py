@@ -1,0 +1,99 @@
+"""Faults planted in the Triton kernels: each must turn the comparison with the reference red.
+
+A fault is a change of the source of one kernel file. The changed files are loaded beside the real ones, and their
+kernels put in the place of those that `fused` launches, so that the comparison is the one of test_triton_values.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import test_triton_values as values
+import torch
+from vwn_ref.kernels import fused
+
+FILES = ("tiles", "width", "depth", "step", "last", "weights")  # in the order in which they stand on each other
+
+# name -> file, what is there, what is put in its place, and a tensor that must come out wrong (None: any)
+FAULTS = {
+    "a missing mask": (
+        "tiles", "row_offsets(t, c, R, D, RP), mask=row_mask(t, T, c, R, D, RP)",
+        "row_offsets(t, c, R, D, RP), mask=row_mask(t, T, c, R, D + 1, RP)", None,
+    ),
+    "a swapped stride": (
+        "depth", "load_parameter(B, 0, N, M, 1, N, NP, MP)", "load_parameter(B, 0, N, M, M, 1, NP, MP)", "out"
+    ),
+    "a dropped partial sum of coefficients": ("step", "        carry += a\n", "        carry = a\n", "g_A0"),
+    "a dropped partial sum of projections": ("weights", "total += tl.dot", "total = tl.dot", "g_W_alpha0"),
+    "tanh left out of the backward": ("tiles", " * (1.0 - T * T)", "", "g_W_alpha0"),
+    "the gradient of a norm's gain missing": (
+        "width", "add_partial(norm_partial, g * x", "add_partial(norm_partial, 0.0 * x", "g_norm0"
+    ),
+    "the slot's RMSNorm not differentiated": ("depth", "            g_h -= pull", "            g_h -= 0.0 * pull", "g_H"),
+    "the gradient of the state that goes on lost": (
+        "width", "g_h += load_rows(G_add", "g_h += 0.0 * load_rows(G_add", "g_z0"
+    ),
+    "the variance of slots for that of groups": ("last", "+ D * away * away", "", "out"),
+}  # fmt: skip
+
+CASE = (2, 4, 20, (5,), torch.float32)  # 20 columns: a second chunk of BD = 16, and part of it is padding
+
+
+@pytest.fixture(scope="module")
+def wanted():
+    return values.two_sublayers(values.Reference, *CASE)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Several blocks a program and several chunks: what is added up, is added up more than once."""
+    monkeypatch.setattr(fused, "tile", lambda kernel, *shape: fused.Tile(2, 16, 1))
+    weight_sizes = fused.weight_sizes
+    monkeypatch.setattr(fused, "weight_sizes", lambda *a: weight_sizes(*a) | {"BR": 16})
+
+
+def load_kernels(folder: Path, fault: str | None, monkeypatch) -> None:
+    """Put the kernels of the changed sources in the place of those that `fused` launches."""
+    changed, old, new, _ = FAULTS[fault] if fault else (None, "", "", None)
+    for name in FILES:
+        source = Path(fused.__file__).with_name(f"{name}.py").read_text()
+        if name == changed:
+            assert source.count(old) >= 1, f"{name}.py no longer has: {old}"
+            source = source.replace(old, new)
+        path = folder / f"{name}.py"
+        path.write_text(source)
+        spec = importlib.util.spec_from_file_location(f"vwn_ref.kernels.{name}", path)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)  # the files after it import from it
+        spec.loader.exec_module(module)
+        for kernel in vars(module):
+            if kernel.endswith("_kernel"):
+                monkeypatch.setattr(fused, kernel, getattr(module, kernel))
+
+
+def errors(found, wanted) -> set[str]:
+    """Names of the tensors that are not what they should be."""
+    wrong = set()
+    for name, exact in wanted.items():
+        try:
+            values.assert_close({**found, "x0": found["x0"]}, {"x0": wanted["x0"], name: exact}, 2e-6)
+        except AssertionError as error:
+            wrong.add(str(error).split(":")[0])
+    return wrong
+
+
+def test_without_a_fault_nothing_is_wrong(tmp_path, monkeypatch, small_tiles, wanted):
+    load_kernels(tmp_path, None, monkeypatch)
+    assert errors(values.two_sublayers(fused, *CASE), wanted) == set()
+
+
+@pytest.mark.skipif(values.DEVICE == "cuda", reason="a missing mask reads what is not ours: in the interpreter only")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found(tmp_path, monkeypatch, small_tiles, wanted, fault):
+    load_kernels(tmp_path, fault, monkeypatch)
+    wrong = errors(values.two_sublayers(fused, *CASE), wanted)
+    must = FAULTS[fault][3]
+    assert wrong and (must is None or must in wrong), f"wrong were: {sorted(wrong)}"
