@@ -2,8 +2,10 @@
 
     cpu            width, dynamic_width, depth on CPU tensors, float32 and float64
     cpu_backend()  what computes them here: "c++" compiled on first use, or "torch"
+    fused          the same three by Triton kernels, for GPUs; and step and last, which join two of them in one kernel
 
-Nothing is compiled at import. `vwn_ref.ops.select` is the way in.
+`vwn_ref.ops.select` is the way in. Nothing is compiled at import, and Triton is not imported before it is wanted. To
+read the kernels: tiles (what they are made of), width, depth, step, last, weights; then fused, which launches them.
 """
 
 from vwn_ref.kernels.backend import cpu_backend, cpu_backend_forced
