@@ -30,15 +30,15 @@ FILE = """
 seeds = [0, 1]
 out = "runs/small"
 [base]
-steps = 200
+steps = 60
 batch_size = 4
 seq_len = 16
 warmup = 5
 lr = 0.01
 val_tokens = 300
-val_interval = 50
+val_interval = 20
 log_interval = 1
-checkpoint_interval = 5
+checkpoint_interval = 10
 device = "cpu"
 data.files = ["{text}"]
 data.vocab_size = 280
@@ -113,7 +113,7 @@ def lines(folder):
     return sum(path.read_bytes().count(b"\n") for path in folder.glob("*/log.jsonl"))
 
 
-def wait_until(condition, seconds=120):
+def wait_until(condition, seconds=300):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
@@ -167,17 +167,17 @@ def test_bad_shards(part):
         ("model = {{", "dats = {{", "variants.r1.5.dats.m: no such field"),
         ("lr = 0.01", 'lr = "high"', "base.lr = 'high': must be float"),
         ("lr = 0.01", "lr = true", "base.lr = True: must be float"),
-        ("steps = 200", "steps = 200.0", "base.steps = 200.0: must be int"),
+        ("steps = 60", "steps = 60.0", "base.steps = 60.0: must be int"),
         ("model.dim = 16", 'embed = 1\nmodel.m = "four"', "base.embed: no such field"),
         ("model.dim = 16", 'model.m = "four"', "base.model.m = 'four': must be int | None"),
         ("model.dim = 16", 'schedule = "step"', "base.schedule = 'step': must be Literal['cosine', 'linear', "),
         ('device = "cpu"', "compile = 1", "base.compile = 1: must be bool"),
         ("data.files = [", "data.files = [3, ", "base.data.files = [3, "),
-        ("steps = 200", "steps = 0", "run plain-s0: steps = 0: must be an integer ≥ 1"),
+        ("steps = 60", "steps = 0", "run plain-s0: steps = 0: must be an integer ≥ 1"),
         ("m = 2,", "m = 3,", "run r1.5-s0: m = 3: must divide dim = 16"),
-        ("steps = 200", "seed = 3", "base.seed: must be left out, seeds gives it"),
+        ("steps = 60", "seed = 3", "base.seed: must be left out, seeds gives it"),
         ("model.dim", "model.vocab_size", "base.model.vocab_size: must be left out, data.vocab_size gives it"),
-        ("steps = 200", "resume = false", "base.resume: must be left out, a sweep always goes on"),
+        ("steps = 60", "resume = false", "base.resume: must be left out, a sweep always goes on"),
         ("seeds = [0, 1]", "seeds = []", "seeds = []: must be a list of one or more integers ≥ 0"),
         ("seeds = [0, 1]", "seeds = 3", "seeds = 3: must be a list"),
         ("seeds = [0, 1]", "seeds = [true]", "seeds = [True]: must be a list"),
@@ -414,19 +414,19 @@ def test_two_sweeps_at_once(finished, launch, tmp_path):
     out = tmp_path / "runs"
     pair = [launch(file, "--out", out, "--shard", "1/4") for _ in range(2)]  # plain-s0
     for process, said in pair:
-        process.join(120)
+        process.join(300)
         assert process.exitcode == 0 and "failed" not in said.read_text()
     assert logs(out) == {"plain-s0": logs(whole)["plain-s0"]}
     assert (out / "plain-s0" / "summary.json").exists()
 
 
-def test_ctrl_c(finished, launch, tmp_path):
+def test_ctrl_c(write, launch, tmp_path):
     """As a terminal sends it: to every process of the group."""
-    file, out = finished[0], tmp_path / "runs"
+    file, out = write(("steps = 60", "steps = 5000")), tmp_path / "runs"
     process, said = launch(file, "--out", out, "--jobs", "2")
     wait_until(lambda: lines(out) > 20)
     os.killpg(process.pid, signal.SIGINT)
-    process.join(120)
+    process.join(300)
     assert process.exitcode == 130
     assert said.read_text().endswith(
         f"go on with:\n  python -m vwn_ref.experiments.sweep {file} --out {out} --jobs 2\n"
@@ -439,16 +439,16 @@ def test_ctrl_c(finished, launch, tmp_path):
         assert step == json.loads(log.read_bytes().splitlines()[-1])["step"]
 
 
-def test_children_stop_when_the_sweep_is_killed(finished, launch, tmp_path):
-    file, out = finished[0], tmp_path / "runs"
+def test_children_stop_when_the_sweep_is_killed(write, launch, tmp_path):
+    file, out = write(("steps = 60", "steps = 5000")), tmp_path / "runs"
     process, _ = launch(file, "--out", out, "--jobs", "1")
     log, lock = out / "plain-s0" / "log.jsonl", out / "plain-s0" / ".lock"
     wait_until(lambda: lines(out) > 20)
     process.kill()
-    wait_until(lambda: lock_is_free(lock), 20)
+    wait_until(lambda: lock_is_free(lock), 60)
     assert not (out / "plain-s0" / "summary.json").exists()
     step = load(out / "plain-s0" / "checkpoint.safetensors")[1]["step"]
-    assert 20 <= step == json.loads(log.read_bytes().splitlines()[-1])["step"] < 200
+    assert 20 <= step == json.loads(log.read_bytes().splitlines()[-1])["step"] < 5000
 
 
 def lock_is_free(path):
@@ -469,8 +469,8 @@ def test_five_kills(finished, launch, tmp_path):
     done = {}  # finished runs and when
     halves = 0
     for kill in range(5):
-        process, _ = launch(file, "--out", out, "--jobs", "2")
-        goal = (kill + draw.random()) / 5 * 0.95 * every
+        process, _ = launch(file, "--out", out, "--jobs", 1 + kill % 2)
+        goal = (kill + draw.random()) / 5 * 0.9 * every
         if kill == 0:
             time.sleep(draw.uniform(0, 3))  # before there is anything
         else:
@@ -481,9 +481,9 @@ def test_five_kills(finished, launch, tmp_path):
         assert process.exitcode == -signal.SIGKILL
         done |= {path: path.stat().st_mtime_ns for path in out.glob("*/summary.json")}
         halves += len(list(out.glob("*/log.jsonl"))) > len(list(out.glob("*/summary.json")))
-    assert halves >= 3 and len(done) < 4
+    assert halves >= 2 and len(done) < 4
     last, said = launch(file, "--out", out, "--jobs", "2")
-    last.join(120)
+    last.join(300)
     assert last.exitcode == 0, said.read_text()
     assert table(read_sweep(file, out)) == table(read_sweep(file, whole))
     assert logs(out) == logs(whole)
