@@ -2,7 +2,11 @@
 
 For each kernel, forward and backward, each (m, n), D, state type and target: does it compile, how many registers does
 a thread take, how many bytes of them spill into memory, how much shared memory does a program take, and does that fit.
-Registers and spills are read from the finished binary with `cuobjdump`, which Triton brings along, for NVIDIA targets.
+Registers and spills come from the finished binary: on NVIDIA targets from `cuobjdump`, which Triton brings along, on
+AMD ones from the notes in the assembly, whose registers are counted with the accumulation registers.
+
+A row is kept with a digest of everything it was made from, so that a run that was ended goes on where it stopped, and
+an edit compiles again what it concerns. Exit status 1 where a row of those asked for is not as `faults` wants it.
 
 Not in a process where TRITON_INTERPRET is set: interpreted kernels cannot be compiled.
 """
@@ -10,13 +14,19 @@ Not in a process where TRITON_INTERPRET is set: interpreted kernels cannot be co
 from __future__ import annotations
 
 import argparse
+import ast
+import hashlib
 import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
+import time
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # multiply-and-add as one instruction, whatever the default
 
@@ -25,6 +35,7 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 from vwn_ref.kernels import fused
 from vwn_ref.kernels.depth import depth_backward_kernel, depth_kernel
 from vwn_ref.kernels.last import last_backward_kernel, last_kernel
@@ -33,41 +44,96 @@ from vwn_ref.kernels.weights import weights_kernel
 from vwn_ref.kernels.width import width_backward_kernel, width_kernel
 
 KERNELS = {
-    kernel.fn.__name__: kernel
+    kernel.fn.__name__.removesuffix("_kernel"): kernel
     for kernel in (
         width_kernel, width_backward_kernel, depth_kernel, depth_backward_kernel, step_kernel, step_backward_kernel,
         last_kernel, last_backward_kernel, weights_kernel,
     )
 }  # fmt: skip
 TARGETS = {  # name -> target, bytes of shared memory that one program may have
-    "sm_80": (GPUTarget("cuda", 80, 32), 166_912),
     "sm_90": (GPUTarget("cuda", 90, 32), 232_448),
+    "sm_80": (GPUTarget("cuda", 80, 32), 166_912),
     "sm_100": (GPUTarget("cuda", 100, 32), 232_448),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 65_536),
 }
-SHAPES = [(2, 3), (4, 8), (4, 16), (8, 64)]
-WIDTHS = [512, 1024, 2048, 4096]
-TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+SHAPES = ((2, 3), (4, 8), (4, 16), (8, 64))
+WIDTHS = (512, 1024, 2048, 4096)
+TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+NO_SPILLS = "sm_90"  # the target that tile sizes are chosen for
 # Pointers to states and to what is as wide as a state; the others are float32.
 STATES = {"H", "X", "Z", "OUT", "Y", "G", "G_H", "G_Z", "G_X", "G_Y", "G_OUT", "G_add"}
+# Arguments that are numbers; the rest are pointers, aligned as an allocator aligns them.
+NUMBERS = {"T": "i32", "rows": "i32", "eps": "fp32", "next_eps": "fp32", "norm_eps": "fp32"}
 
 
-def compile_one(name: str, m: int, n: int, dim: int, dtype: str, target: str, *, dynamic=True, norm=True) -> dict:
-    """One kernel for one configuration -> what is in the table; "error" holds the message where it fails."""
-    kernel, (gpu, limit) = KERNELS[name], TARGETS[target]
-    if name == "weights_kernel":
-        constants = fused.weight_sizes(m, n, dim // m, m + n, TYPES[dtype])
+class Job(NamedTuple):
+    """One kernel for one configuration. `dynamic`, `norm`: what the compile-time arguments of these names say."""
+
+    kernel: str
+    m: int
+    n: int
+    D: int
+    dtype: str
+    target: str
+    dynamic: bool = True
+    norm: bool = True
+
+
+def matrix(
+    kernels: Iterable[str] = tuple(KERNELS), shapes: Iterable[tuple[int, int]] = SHAPES,
+    widths: Iterable[int] = WIDTHS, dtypes: Iterable[str] = ("bf16", "fp32"), targets: Iterable[str] = tuple(TARGETS),
+    dynamic: bool = True, norm: bool = True,
+) -> Iterator[Job]:  # fmt: skip
+    """All combinations of kernels that are ever launched, the target that matters most first."""
+    for target in targets:
+        for dim in widths:
+            for dtype in dtypes:
+                for m, n in shapes:
+                    for kernel in kernels:
+                        if kernel == "step_backward" and not fused.fuses_step_backward(n, int(dtype[2:])):
+                            continue  # two kernels do it, both in the list
+                        if kernel == "weights" and not dynamic:
+                            continue  # a static GHC has no projections
+                        yield Job(kernel, m, n, dim, dtype, target, dynamic, norm)
+
+
+def everything() -> list[Job]:
+    """The whole matrix, and at D = 1024 static ones, ones with no norm in them, and float16."""
+    some = {"shapes": ((2, 3), (8, 64)), "widths": (1024,)}
+    return [
+        *matrix(),
+        *matrix(**some, dtypes=("bf16",), dynamic=False),
+        *matrix(**some, dtypes=("bf16",), norm=False, kernels=("width", "width_backward", "step", "step_backward")),
+        *matrix(**some, dtypes=("fp16",)),
+    ]
+
+
+# -------------------------------------------------------------------------------------------------- one compilation
+
+
+class Build(NamedTuple):
+    """What `triton.compile` is given."""
+
+    source: ASTSource
+    target: GPUTarget
+    num_warps: int
+    constants: dict
+
+
+def build(job: Job) -> Build:
+    """The arguments of a compilation as `vwn_ref.kernels.fused` would have them at a launch."""
+    kernel, gpu, dtype, d = KERNELS[job.kernel], TARGETS[job.target][0], TYPES[job.dtype], job.D // job.m
+    if job.kernel == "weights":  # K = n + m columns, those of depth; width has m
+        constants = fused.weight_sizes(job.m, job.n, d, job.m + job.n, dtype)
     else:
-        constants = fused.sizes(name, m, n, dim // m, TYPES[dtype])
-        constants |= {"DYNAMIC": dynamic, "NORM": norm, "ADD": True}
+        constants = fused.sizes(f"{job.kernel}_kernel", job.m, job.n, d, dtype)
+        constants |= {"DYNAMIC": job.dynamic, "NORM": job.norm, "ADD": True}
     if gpu.backend == "hip":
         constants["PREC"] = "ieee"
     warps = constants.pop("num_warps")
     constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
-    # every float argument is a number (ε), every other pointer a float32 tensor
-    scalars = {"T": "i32", "rows": "i32", "eps": "fp32", "next_eps": "fp32", "norm_eps": "fp32"}
     signature = {
-        a: "constexpr" if a in constants else scalars.get(a) or (f"*{dtype}" if a in STATES else "*fp32")
+        a: "constexpr" if a in constants else NUMBERS.get(a) or (f"*{job.dtype}" if a in STATES else "*fp32")
         for a in kernel.arg_names
     }
     source = ASTSource(
@@ -76,14 +142,39 @@ def compile_one(name: str, m: int, n: int, dim: int, dtype: str, target: str, *,
         constexprs={(kernel.arg_names.index(k),): v for k, v in constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i, a in enumerate(kernel.arg_names) if signature[a].startswith("*")},
     )
-    row = {"kernel": name.removesuffix("_kernel"), "m": m, "n": n, "D": dim, "dtype": dtype, "target": target}
-    row |= {k: constants[k] for k in ("BT", "BD") if k in constants} | {"num_warps": warps}
+    return Build(source, gpu, warps, constants)
+
+
+def code(kernel: JITFunction, seen: set[str] | None = None) -> list[str]:
+    """A kernel and all that it calls, without comments, docstrings and line numbers."""
+    seen = set() if seen is None else seen
+    if kernel.fn.__name__ in seen:
+        return []
+    seen.add(kernel.fn.__name__)
+    function = ast.parse(kernel.src).body[0]
+    function.body = [x for x in function.body if not (isinstance(x, ast.Expr) and isinstance(x.value, ast.Constant))]
+    called = (kernel.fn.__globals__.get(name) for name in kernel.fn.__code__.co_names)
+    return [ast.dump(function)] + [t for other in called if isinstance(other, JITFunction) for t in code(other, seen)]
+
+
+def digest(job: Job) -> str:
+    """Of what a row depends on."""
+    source, _, warps, constants = build(job)
+    parts = (triton.__version__, job, warps, sorted(constants.items()), sorted(source.signature.items()))
+    return hashlib.sha256("\0".join(map(repr, [*parts, *code(source.fn)])).encode()).hexdigest()[:16]
+
+
+def compile_one(job: Job) -> dict:
+    """What is in the table; "error" holds the message where it fails."""
+    source, gpu, warps, constants = build(job)
+    row = job._asdict() | {k: constants[k] for k in ("BT", "BD") if k in constants} | {"num_warps": warps}
+    row["digest"] = digest(job)
     try:
         compiled = triton.compile(source, target=gpu, options={"num_warps": warps})
     except Exception as error:  # whatever the compiler raises is the result
         return row | {"error": f"{type(error).__name__}: {error}"[:2000]}
-    row |= {"shared": compiled.metadata.shared, "shared_limit": limit}
-    return row | (resources(compiled.asm["cubin"]) if gpu.backend == "cuda" else {})
+    used = resources(compiled.asm["cubin"]) if gpu.backend == "cuda" else amd_resources(compiled.asm["amdgcn"])
+    return row | used | {"shared": compiled.metadata.shared}
 
 
 def resources(cubin: bytes) -> dict:
@@ -99,49 +190,110 @@ def resources(cubin: bytes) -> dict:
     }
 
 
-def table(rows: list[dict]) -> str:
-    """Markdown, a line a row."""
-    columns = ("kernel", "m", "n", "D", "dtype", "target", "BT", "BD", "num_warps", "registers", "spilled", "shared")
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    for row in rows:
-        cells = [str(row.get(c, "")) for c in columns]
-        lines.append("| " + " | ".join(cells) + " |" + (f" {row['error'].splitlines()[0]}" if "error" in row else ""))
-    return "\n".join(lines)
+def amd_resources(assembly: str) -> dict:
+    """The same from the notes that AMD's compiler leaves in the assembly."""
+    return {
+        "registers": int(re.search(r"\.vgpr_count: +(\d+)", assembly)[1]),
+        "spilled": int(re.search(r"\.private_segment_fixed_size: +(\d+)", assembly)[1]),
+    }
 
 
-def main() -> None:
-    """Compile what is asked for, print the table, write it to --out."""
+# ------------------------------------------------------------------------------------------------------- the table
+
+
+def job_of(row: dict) -> Job:
+    """The job that a row answers."""
+    return Job(*(row[field] for field in Job._fields))
+
+
+def faults(row: dict) -> str:
+    """What is wrong with a row, or "": an error, too much shared memory, or spills on `NO_SPILLS`."""
+    if "error" in row:
+        return row["error"].splitlines()[0]
+    limit = TARGETS[row["target"]][1]
+    if row["shared"] > limit:
+        return f"shared = {row['shared']}: must be ≤ {limit}"
+    if row["spilled"] and row["target"] == NO_SPILLS:
+        return f"spilled = {row['spilled']}: must be 0 on {NO_SPILLS}"
+    return ""
+
+
+COLUMNS = (*Job._fields, "BT", "BD", "num_warps", "registers", "spilled", "shared")
+HEAD = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+
+
+def line(row: dict) -> str:
+    """A row of Markdown, and behind it what is wrong."""
+    return "| " + " | ".join(str(row.get(c, "")) for c in COLUMNS) + f" | {faults(row)}".rstrip()
+
+
+def read(path: Path) -> dict[Job, dict]:
+    """The rows of a file that today's code would give again, by job; none where there is no file."""
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    return {job_of(row): row for row in rows if row["digest"] == digest(job_of(row))}
+
+
+def write(path: Path, rows: dict[Job, dict]) -> None:
+    """JSON, a line a row, sorted; whole or not at all."""
+    from vwn_ref.experiments.storage import write_text
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(json.dumps(rows[job]) for job in sorted(rows))
+    write_text(path, f'{{"triton": {json.dumps(triton.__version__)}, "rows": [\n{lines}\n]}}\n')
+
+
+def _pair(text: str) -> tuple[int, int]:
+    try:
+        m, n = map(int, text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text}: must be m,n such as 4,8") from error
+    return m, n
+
+
+def main() -> int:
+    """Compile what is asked for, print the table, keep it in --out; how many rows are not as they should be."""
     parser = argparse.ArgumentParser(prog="python -m vwn_ref.kernels.aot", description=__doc__.splitlines()[0])
-    parser.add_argument("--kernels", nargs="*", default=list(KERNELS), choices=list(KERNELS))
-    parser.add_argument("--shapes", nargs="*", default=[f"{m},{n}" for m, n in SHAPES], help="m,n m,n ...")
-    parser.add_argument("--widths", nargs="*", type=int, default=WIDTHS, help="D, several")
-    parser.add_argument("--dtypes", nargs="*", default=list(TYPES), choices=list(TYPES))
-    parser.add_argument("--targets", nargs="*", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--kernels", nargs="+", choices=list(KERNELS))
+    parser.add_argument("--shapes", nargs="+", type=_pair, metavar="M,N")
+    parser.add_argument("--widths", nargs="+", type=int, metavar="D")
+    parser.add_argument("--dtypes", nargs="+", choices=list(TYPES))
+    parser.add_argument("--targets", nargs="+", choices=list(TARGETS))
+    parser.add_argument("--static", action="store_true", help="a static GHC; dynamic otherwise")
+    parser.add_argument("--no-norm", action="store_true", help="no RMSNorm after width; with it otherwise")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations at a time")
-    parser.add_argument("--out", type=Path, help="JSON file for the rows")
+    parser.add_argument("--out", type=Path, help="JSON file: its rows are kept, new ones added as they are made")
     asked = parser.parse_args()
     if fused.INTERPRETED:
         parser.error("TRITON_INTERPRET is set: kernels that are interpreted cannot be compiled; unset it")
-    jobs = [
-        (name, *map(int, shape.split(",")), dim, dtype, target)
-        for target in asked.targets
-        for shape in asked.shapes
-        for dim in asked.widths
-        for dtype in asked.dtypes
-        for name in asked.kernels
-        if name != "step_backward_kernel" or fused.fuses_step_backward(int(shape.split(",")[1]), int(dtype[2:]))
-    ]
-    rows = []
-    with ThreadPoolExecutor(asked.jobs) as pool:
-        for row in pool.map(lambda job: compile_one(*job), jobs):
-            rows.append(row)
-            print(table([row]).splitlines()[-1], flush=True)
-    if asked.out:
-        from vwn_ref.experiments.storage import write_text
 
-        asked.out.parent.mkdir(parents=True, exist_ok=True)
-        write_text(asked.out, json.dumps({"triton": triton.__version__, "rows": rows}, indent=1))
+    chosen = {k: v for k in ("kernels", "shapes", "widths", "dtypes", "targets") if (v := getattr(asked, k))}
+    if asked.static or asked.no_norm or chosen:
+        jobs = list(matrix(**chosen, dynamic=not asked.static, norm=not asked.no_norm))
+    else:
+        jobs = everything()
+    rows = read(asked.out) if asked.out else {}
+    missing = [job for job in jobs if job not in rows]
+    print(f"{len(jobs)} configurations, {len(jobs) - len(missing)} of them kept; Triton {triton.__version__}")
+    print("\n".join(HEAD))
+    written = time.monotonic()
+    with ThreadPoolExecutor(asked.jobs) as pool:
+        try:
+            for row in pool.map(compile_one, missing):
+                rows[job_of(row)] = row
+                print(line(row), flush=True)
+                if asked.out and time.monotonic() - written > 10:
+                    write(asked.out, rows)
+                    written = time.monotonic()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            if asked.out:
+                write(asked.out, rows)
+    wrong = [rows[job] for job in jobs if faults(rows[job])]
+    print(f"\n{len(jobs)} configurations, {len(wrong)} not as they should be")
+    if wrong:
+        print("\n".join([*HEAD, *map(line, wrong)]))
+    return len(wrong)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main() > 0)
