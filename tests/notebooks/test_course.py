@@ -1,6 +1,7 @@
 """The exercise checker says what differs."""
 
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
@@ -42,3 +43,30 @@ def test_tuples(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("✗ case 1 of 1: result 1: 2 of 2 entries differ")
     assert lines[1] == "✗ case 1 of 1: expected 2 results, got 1"
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are compiled here, not interpreted")
+def test_kernel_traffic():
+    triton = pytest.importorskip("triton")
+    tl = triton.language
+
+    @triton.jit
+    def kernel(X, Y, T, BT: tl.constexpr):
+        t = tl.program_id(0) * BT + tl.arange(0, BT)
+        x = tl.load(X + t, mask=t < T) + tl.load(X + t, mask=t < T)  # twice: counted once
+        tl.store(Y + t, x, mask=t < T)  # 5 of 8
+        tl.store(Y + t, 2 * tl.load(Y + t, mask=t < T), mask=t < T)  # read after it was written: not counted
+
+    X, Y, Z = torch.arange(8.0), torch.full((8,), -1.0), torch.zeros(3)
+    with course.KernelTraffic() as traffic:
+        kernel[(2,)](X, Y, 5, BT=4)
+    assert Y.tolist() == [0, 4, 8, 12, 16, -1, -1, -1]
+    assert traffic.of(X) == (5, 0)
+    assert traffic.of(Y) == (0, 5)
+    assert traffic.of(Z) == (0, 0)
+    kernel[(2,)](X, Y, 8, BT=4)  # outside the context: not seen
+    assert traffic.of(Y) == (0, 5)
+    with course.KernelTraffic() as traffic:  # two launches: both have to read
+        kernel[(1,)](X, Y, 4, BT=4)
+        kernel[(1,)](X, Y, 4, BT=4)
+    assert traffic.of(X) == (8, 0)

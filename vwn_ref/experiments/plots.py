@@ -134,6 +134,40 @@ def wiring(ax: Axes, A: object, B: object, *, title: str = "") -> None:
     ax.axis("off")
 
 
+def bars(ax: Axes, groups: Sequence[str], series: dict[str, Sequence[float | None]], *, numbers: bool = False) -> None:
+    """Draw grouped bars: for each of `groups` one bar of every series, label → heights, with a gap where it is None.
+
+    numbers: write the heights above the bars.
+    """
+    width = 0.8 / len(series)
+    for k, (label, heights) in enumerate(series.items()):
+        places = [group + (k - (len(series) - 1) / 2) * width for group in range(len(groups))]
+        drawn = ax.bar(places, [np.nan if h is None else h for h in heights], width=0.92 * width, label=label)
+        if numbers:
+            ax.bar_label(drawn, fmt="%.2f", fontsize=8)
+    ax.set_xticks(range(len(groups)), groups)
+    ax.grid(axis="x", visible=False)
+
+
+def memory_flow(ax: Axes, kernels: Sequence[tuple[str, str, str]], *, title: str = "") -> None:
+    """Draw what runs, from left to right, above a line that is the memory: (name, what it reads, what it writes).
+
+    Grey and without arrows where nothing is said of reading and writing.
+    """
+    for k, (name, reads, writes) in enumerate(kernels):
+        box = {"boxstyle": "round,pad=0.4", "fc": COLOURS[5] if reads or writes else "0.9", "ec": "none"}
+        ax.text(k, 0.75, name, ha="center", va="center", bbox=box)
+        for text, side, style in ((reads, -0.22, "->"), (writes, 0.22, "<-")):
+            if text:
+                arrow = {"arrowstyle": style, "color": "0.35"}
+                ax.annotate("", (k + side, 0.58), (k + side, 0.17), arrowprops=arrow)
+                ax.text(k + 1.25 * side, 0.37, text, ha="right" if side < 0 else "left", va="center", fontsize=8)
+    ax.axhline(0.15, color=PLAIN, linewidth=2)
+    ax.text(-0.72, 0.02, "memory", fontsize=8, va="top")
+    ax.set(xlim=(-0.75, len(kernels) - 0.25), ylim=(-0.12, 1), title=title)
+    ax.axis("off")
+
+
 def schematic(ax: Axes, title: str, *, state: float, layer: float, n: int = 1, m: int = 1) -> None:
     """Draw one block from the embedding up: widths to scale, the state cut into n slots, the layer into m segments.
 
