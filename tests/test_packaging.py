@@ -37,7 +37,7 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     expected = {f.relative_to(ROOT).as_posix() for folder in ("vwn_ref", "kernels") for f in (ROOT / folder).rglob("*")}
-    expected = {name for name in expected if name.endswith((".py", ".cpp"))}
+    expected = {name for name in expected if name.endswith((".py", ".cpp", ".toml"))}
     expected = {name.replace("kernels/", "vwn_ref/kernels/", 1) for name in expected}
     assert {name for name in names if ".dist-info/" not in name} == expected
 
