@@ -10,12 +10,13 @@ Notation, as in `vwn_ref.ghc` and `vwn_ref.dynamic`. One program works on BT tok
 16-bit numbers become float32 as they are loaded and 16-bit again as they are stored: all arithmetic is in float32.
 
 Sums over slots and segments are short (R ≤ 72), sums over d_b are long. Long ones go to the tensor cores (`tl.dot`).
-Of the short ones, `mix`, `unmix` and `spread` have two forms, chosen by n (`MANY` is True from n = 9 on):
+Of the short ones, `mix`, `unmix` and `spread` have two forms, chosen by n (`MANY` is True from n = 5 on):
 
-    few slots    multiply and add, element by element. A tensor core would fill its 16 × 16 tile with padding: for
-                 (2, 3), 9 of 256 products would count. At 2·2·n·(m+n)·d_b flops against 2·2·(m+n)·d_b bytes, (4, 8)
-                 has 8 flops a byte, and memory is the limit up to about 20 (float32 rate over bandwidth of an H100).
-    many slots   tensor cores. (8, 64) has 64 flops a byte, too many for multiply-and-add.
+    few slots    multiply and add, element by element. A tensor core would fill its 16 × 8 tile with padding: for
+                 (2, 3), 9 of 128 products would count, and the two fp32 operations a byte that it takes are few.
+    many slots   tensor cores. (8, 64) has some 36 flops a byte, too many for multiply-and-add: an H100 is bound by
+                 memory up to about 20. And element by element every thread holds all n (m+n) coefficients, in the
+                 backward pass their gradients too: for (4, 8) that is 192 of the 255 registers there are, and it spilled.
 
 PREC is how `tl.dot` treats float32: "tf32" (11 significant bits) where states have 16 bits, whose 8 or 11 bits it holds
 without loss, so that only coefficients are rounded, to 2⁻¹¹; "ieee" (all 24 bits) for float32 states.
