@@ -16,7 +16,7 @@ Of the short ones, `mix`, `unmix` and `spread` have two forms, chosen by n (`MAN
                  (2, 3), 9 of 128 products would count, and the two fp32 operations a byte that it takes are few.
     many slots   tensor cores. (8, 64) has some 36 flops a byte, too many for multiply-and-add: an H100 is bound by
                  memory up to about 20. And element by element every thread holds all n (m+n) coefficients, in the
-                 backward pass their gradients too: for (4, 8) that is 192 of the 255 registers there are, and it spilled.
+                 backward pass their gradients too: for (4, 8) 192 of the 255 registers there are, and it spilled.
 
 PREC is how `tl.dot` treats float32: "tf32" (11 significant bits) where states have 16 bits, whose 8 or 11 bits it holds
 without loss, so that only coefficients are rounded, to 2⁻¹¹; "ieee" (all 24 bits) for float32 states.
