@@ -30,7 +30,7 @@ from vwn_ref import dynamic, ghc
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = type(width_kernel).__name__ == "InterpretedFunction"
-MOST_SLOTS = 128  # n × n coefficients of a token stay in registers
+MOST_SLOTS = 64  # n × n coefficients of a token stay in registers
 
 
 class Parameters(NamedTuple):
@@ -73,15 +73,16 @@ def tile(kernel: str, m: int, n: int, d: int, bits: int) -> Tile:
     """One good choice a kernel, the same for every number of tokens: the largest that `vwn_ref.kernels.aot` compiles
     without spilling registers. Which is fastest, `vwn_ref.kernels.bench` says where there is a GPU.
 
-    Few slots: as a rule one warp a program, so that a sum over slots stays inside a thread and no warp waits for
-    another. Many: four or more warps, which share a token's matrix products.
+    As a rule one warp a program, so that no warp waits for another, and several tokens, so that one load of the
+    projections serves them all. More than 16 slots: four or more warps, which share a token's matrix products.
     """
     if INTERPRETED:  # every operation of every program costs the same there: few programs, and more than one chunk
         tile = Tile(8 if n <= 8 else 4, 32, 1)
     elif kernel.startswith("weights"):
         tile = Tile(1, 64 if m + n <= 64 else 32, 4)
     else:
-        tile = _TILES[kernel.removesuffix("_kernel") if "backward" in kernel else "forward", bits][_kind(n)]
+        name = kernel.removesuffix("_kernel")
+        tile = _TILES[name if (name, bits) in _TILES else "forward", bits][_kind(n)]
     return tile._replace(BD=max(16, min(tile.BD, next_power_of_2(d))))
 
 
@@ -89,18 +90,21 @@ def _kind(n: int) -> int:
     return 0 if not is_many(n) else 1 if n <= 8 else 2 if n <= 16 else 3
 
 
-# (kernel, bits of the state) -> for n ≤ 4, n ≤ 8, n ≤ 16, more
+# (kernel, bits of the state) -> for n ≤ 4, n ≤ 8, n ≤ 16, more. Of the tiles that do not spill on an H100, those whose
+# machine code has the fewest instructions a token: see NOTES.md.
 _TILES = {
-    ("forward", 16): (Tile(1, 256, 1), Tile(2, 64, 4), Tile(1, 64, 4), Tile(1, 64, 8)),
-    ("forward", 32): (Tile(1, 256, 1), Tile(2, 64, 4), Tile(1, 64, 4), Tile(1, 32, 8)),
-    ("width_backward", 16): (Tile(1, 256, 1), Tile(2, 64, 4), Tile(1, 64, 4), Tile(1, 64, 8)),
-    ("width_backward", 32): (Tile(1, 64, 2), Tile(2, 64, 4), Tile(1, 64, 4), Tile(1, 64, 8)),
-    ("depth_backward", 16): (Tile(2, 64, 1), Tile(2, 64, 4), Tile(1, 64, 4), Tile(1, 64, 8)),
-    ("depth_backward", 32): (Tile(2, 32, 1), Tile(2, 64, 4), Tile(1, 64, 4), Tile(1, 64, 8)),
-    ("step_backward", 16): (Tile(1, 64, 2), Tile(2, 64, 4), Tile(1, 64, 8), Tile(1, 32, 8)),
-    ("step_backward", 32): (Tile(1, 32, 1), Tile(2, 64, 4), Tile(1, 64, 8), Tile(1, 32, 8)),
-    ("last_backward", 16): (Tile(2, 128, 1), Tile(2, 64, 4), Tile(1, 64, 4), Tile(1, 64, 8)),
-    ("last_backward", 32): (Tile(2, 128, 1), Tile(2, 64, 4), Tile(1, 64, 4), Tile(1, 64, 8)),
+    ("forward", 16): (Tile(4, 64, 1), Tile(2, 64, 1), Tile(1, 64, 1), Tile(1, 64, 4)),
+    ("forward", 32): (Tile(4, 32, 1), Tile(2, 32, 1), Tile(1, 32, 1), Tile(1, 32, 4)),
+    ("last", 16): (Tile(4, 64, 1), Tile(2, 32, 1), Tile(1, 64, 1), Tile(1, 64, 4)),
+    ("last", 32): (Tile(4, 32, 1), Tile(2, 32, 1), Tile(1, 32, 1), Tile(1, 32, 4)),
+    ("width_backward", 16): (Tile(2, 32, 1), Tile(1, 64, 1), Tile(1, 32, 1), Tile(1, 64, 4)),
+    ("width_backward", 32): (Tile(2, 16, 1), Tile(2, 16, 1), Tile(1, 32, 1), Tile(1, 32, 4)),
+    ("depth_backward", 16): (Tile(2, 64, 1), Tile(2, 32, 1), Tile(2, 32, 2), Tile(1, 64, 8)),
+    ("depth_backward", 32): (Tile(2, 32, 1), Tile(2, 64, 2), Tile(1, 16, 1), Tile(1, 32, 8)),
+    ("step_backward", 16): (Tile(1, 32, 1), Tile(1, 32, 1), Tile(1, 32, 1), Tile(1, 32, 8)),
+    ("step_backward", 32): (Tile(1, 32, 1), Tile(1, 32, 1), Tile(1, 32, 1), Tile(1, 32, 8)),
+    ("last_backward", 16): (Tile(2, 128, 1), Tile(2, 32, 1), Tile(2, 32, 2), Tile(1, 64, 8)),
+    ("last_backward", 32): (Tile(4, 32, 1), Tile(2, 16, 1), Tile(1, 64, 1), Tile(1, 32, 8)),
 }
 
 
@@ -167,23 +171,24 @@ class Launch:
 
     def zeros(self, *shape: int) -> Tensor:
         """float32, for sums."""
-        return torch.zeros(shape, device=self.device)
+        return torch.zeros(shape, dtype=torch.float32, device=self.device)
 
     def partial(self, columns: int) -> Tensor:
         """Room for the sums of each program: [P, 2, n, columns]."""
         make = torch.empty if self.T and self.dynamic else torch.zeros
-        return make((max(self.programs, 1), 2, self.n, columns), device=self.device)
+        return make((max(self.programs, 1), 2, self.n, columns), dtype=torch.float32, device=self.device)
 
     def coefficient_gradients(self, columns: int) -> Tensor:
         """Room for rstd · ∂L/∂q: [T, n, columns]."""
-        return torch.empty((self.T, self.n, columns) if self.dynamic else (0,), device=self.device)
+        shape = (self.T, self.n, columns) if self.dynamic else (0,)
+        return torch.empty(shape, dtype=torch.float32, device=self.device)
 
     def weight_gradient(self, H: Tensor, E: Tensor) -> Tensor:
         """Σ H′ᵀ E over tokens and slots: [d_b, columns]."""
         rows, d, K = self.T * self.n, self.d, E.shape[-1]
         constants = weight_sizes(self.m, self.n, d, K, H.dtype)
         splits = min(triton.cdiv(rows, constants["BR"]), 2 if self.device.type == "cpu" else 128)
-        partial = torch.empty((splits, d, K), device=self.device)
+        partial = torch.empty((splits, d, K), dtype=torch.float32, device=self.device)
         with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
             weights_kernel[(triton.cdiv(d, constants["BD"]), splits)](H, E, partial, rows, **constants)
         return partial.sum(0)
@@ -224,6 +229,11 @@ def suited(H: Tensor, *parameters: Tensor) -> bool:
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return False
     return all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+
+
+def _own(t: Tensor, like: Tensor) -> Tensor:
+    """A contiguous copy in the dtype of `like`: the results of an operator must not share memory."""
+    return t.clone(memory_format=torch.contiguous_format).to(like.dtype)
 
 
 # ----------------------------------------------------------------------------------------------- raw operations
@@ -284,12 +294,12 @@ def _write_gradients(launch: Launch, sums: Tensor, H, E, A, B, W_alpha, W_beta, 
     n, carry = launch.n, slice(launch.m, None)
     W = None if W_alpha is None else (W_alpha[:, carry], W_beta)
     static, scale, g_W, g_gain = _split(launch, sums, H, E, W, gain)
-    g_A, g_B = _into(A, static[:, :n], carry), static[:, n:].mT.to(B.dtype).contiguous()
+    g_A, g_B = _into(A, static[:, :n], carry), _own(static[:, n:].mT, B)
     if not launch.dynamic:
         return g_A, g_B, None, None, None, None, None
     return (
-        g_A, g_B, _into(W_alpha, g_W[:, :n], carry), g_W[:, n:].to(W_beta.dtype).contiguous(),
-        _into(S_alpha, scale[:, :n], carry), scale[:, n:].mT.to(S_beta.dtype).contiguous(), g_gain.to(gain.dtype),
+        g_A, g_B, _into(W_alpha, g_W[:, :n], carry), _own(g_W[:, n:], W_beta),
+        _into(S_alpha, scale[:, :n], carry), _own(scale[:, n:].mT, S_beta), g_gain.to(gain.dtype),
     )  # fmt: skip
 
 
@@ -438,10 +448,10 @@ _last_operation = Operation(
 
 def _prepared(name: str, t: Tensor) -> Tensor:
     """`t` as autocast wants it. Raises where the kernels cannot take it."""
-    if torch.is_autocast_enabled(t.device.type):
-        t = t.to(torch.get_autocast_dtype(t.device.type))
     if t.dtype not in DTYPES:
         raise TypeError(f"{name} has dtype {t.dtype}: must be float32, bfloat16 or float16 for the Triton kernels")
+    if torch.is_autocast_enabled(t.device.type):
+        t = t.to(torch.get_autocast_dtype(t.device.type))
     if t.device.type != "cuda" and not INTERPRETED:
         raise ValueError(
             f"{name} is on {t.device}: must be on a GPU for the Triton kernels "
@@ -455,7 +465,12 @@ def _check(H: Tensor, parameters: Parameters) -> None:
     if H.ndim < 2:
         raise ValueError(f"H has shape {tuple(H.shape)}: must be [..., n, d_b]")
     A, B, W_alpha, W_beta, S_alpha, S_beta, gain = parameters
-    (n, d), m = H.shape[-2:], B.shape[0]
+    n, d = H.shape[-2:]
+    if 0 in (n, d):
+        raise ValueError(f"H has shape {tuple(H.shape)}: must be [..., n, d_b] with n ≥ 1 and d_b ≥ 1")
+    if B.ndim != 2 or 0 in B.shape:
+        raise ValueError(f"B has shape {tuple(B.shape)}: must be [m, n]")
+    m = B.shape[0]
     if n > MOST_SLOTS:
         raise ValueError(f"H has n = {n} slots: must be ≤ {MOST_SLOTS} for the Triton kernels")
     wanted = [("B", B, (m, n), "[m, n]"), ("A", A, (n, m + n), "[n, m+n]")]
@@ -477,9 +492,9 @@ def _check_beside(name: str, t: Tensor, H: Tensor) -> None:
         raise TypeError(f"{name} has dtype {t.dtype}: must be float32, bfloat16 or float16")
 
 
-def _epsilon(eps: float | None, t: Tensor) -> float:
-    """None is the machine epsilon, as in torch's RMSNorm."""
-    return torch.finfo(t.dtype).eps if eps is None else eps
+def _epsilon(eps: float | None) -> float:
+    """None is the machine epsilon of float32, in which 16-bit numbers are normalised too, as in torch's RMSNorm."""
+    return torch.finfo(torch.float32).eps if eps is None else eps
 
 
 def _contiguous(parameters: Parameters) -> Parameters:
@@ -494,17 +509,21 @@ def enter(H: Tensor, parameters: Parameters, eps: float | None, norm=None) -> tu
     """
     H = _prepared("H", H)
     _check(H, parameters)
-    parameters, eps = _contiguous(parameters), _epsilon(eps, H)
-    gain, norm_eps = _norm(norm, H)
+    parameters, eps = _contiguous(parameters), _epsilon(eps)
+    gain, norm_eps = _norm(norm, H, parameters.B.shape[0] * H.shape[-1])
     A, _, W_alpha, _, S_alpha, _, slot_gain = parameters
     return _width_operation(H, A, W_alpha, S_alpha, slot_gain, gain, eps, norm_eps), State(H, parameters, eps)
 
 
-def _norm(norm, like: Tensor) -> tuple[Tensor | None, float]:
+def _norm(norm, like: Tensor, width: int) -> tuple[Tensor | None, float]:
+    """γ and ε of an nn.RMSNorm over D numbers, or of none."""
     if norm is None:
         return None, 0.0
+    if norm.weight is None:  # elementwise_affine=False
+        return torch.ones(width, dtype=torch.float32, device=like.device), _epsilon(norm.eps)
+    check_shape("norm.weight", norm.weight, (width,), "[D]")
     _check_beside("norm.weight", norm.weight, like)
-    return norm.weight, _epsilon(norm.eps, like)
+    return norm.weight.contiguous(), _epsilon(norm.eps)
 
 
 def width(H: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, State]:
@@ -543,8 +562,8 @@ def step(z: Tensor, state: State, parameters: Parameters, eps: float | None, nor
         raise ValueError(f"B has shape {tuple(parameters.B.shape)}: must be {tuple(state.parameters.B.shape)}")
     if (parameters.gain is None) != (state.parameters.gain is None):
         raise ValueError("parameters: must be dynamic where those of the state are, and static where they are")
-    parameters, eps = _contiguous(parameters), _epsilon(eps, state.H)
-    gain, norm_eps = _norm(norm, z)
+    parameters, eps = _contiguous(parameters), _epsilon(eps)
+    gain, norm_eps = _norm(norm, z, z.shape[-1])
     A, _, W_alpha, _, S_alpha, _, slot_gain = parameters
     H, x = _step_operation(
         state.H, z, *state.parameters, A, W_alpha, S_alpha, slot_gain, gain, state.eps, eps, norm_eps
@@ -558,7 +577,12 @@ def last(z: Tensor, state: State, norm) -> Tensor:
     n, m = state.H.shape[-2], state.parameters.B.shape[0]
     if norm.num_groups * m != n:
         raise ValueError(f"norm has {norm.num_groups} groups: must be r = n/m = {n}/{m}")
+    affine = []
     for name in ("weight", "bias"):
-        check_shape(f"norm.{name}", getattr(norm, name), (n * state.H.shape[-1],), "[D′]")
-        _check_beside(f"norm.{name}", getattr(norm, name), state.H)
-    return _last_operation(state.H, z, *state.parameters, norm.weight, norm.bias, state.eps, norm.eps)
+        t = getattr(norm, name)
+        if t is None:
+            raise ValueError(f"norm.{name} is None: must be a tensor, GroupNorm(..., affine=True)")
+        check_shape(f"norm.{name}", t, (n * state.H.shape[-1],), "[D′]")
+        _check_beside(f"norm.{name}", t, state.H)
+        affine.append(t.contiguous())
+    return _last_operation(state.H, z, *state.parameters, *affine, state.eps, norm.eps)

@@ -17,15 +17,15 @@ from vwn_ref.kernels.tiles import add_partial, inverse_root, load_rows, row_mask
 
 @triton.jit
 def same_group(M: tl.constexpr, N: tl.constexpr, NP: tl.constexpr):
-    """[NP, NP]: 1 where slots i and j lie in one group of m, 0 elsewhere."""
+    """[NP, NP]: True where slots i and j lie in one group of m."""
     i, j = tl.arange(0, NP)[:, None], tl.arange(0, NP)[None, :]
-    return ((i // M == j // M) & (i < N) & (j < N)).to(tl.float32)
+    return (i // M == j // M) & (i < N) & (j < N)
 
 
 @triton.jit
 def group_sum(x, group):
     """Σ over the slots of its group, for every slot: [BT, NP] -> [BT, NP]."""
-    return tl.sum(x[:, None, :] * group[None, :, :], axis=2)
+    return tl.sum(tl.where(group[None, :, :], x[:, None, :], 0.0), axis=2)
 
 
 @triton.jit

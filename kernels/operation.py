@@ -7,6 +7,7 @@ graph. Both run the same two functions.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -113,9 +114,18 @@ class Operation:
 
 
 def reference_gradients(function: Callable, inputs: tuple, gradients: tuple) -> tuple:
-    """Gradients by differentiating the reference, so that they can be differentiated again."""
+    """Gradients by differentiating the reference, so that they can be differentiated again.
+
+    With respect to views of the inputs: an input may depend on another one, or be the same tensor, and what flows from
+    one to the other is not this operation's. In the widest of their dtypes, since the reference does not mix them.
+    """
+    inputs = tuple(None if t is None else t.view_as(t) for t in inputs)
+    wide = functools.reduce(torch.promote_types, (t.dtype for t in inputs if t is not None))
+    outputs = function(*(None if t is None else t.to(wide) for t in inputs))
+    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+    outputs = [y.to(g.dtype) for y, g in zip(outputs, gradients, strict=True)]
     wanted = [t for t in inputs if t is not None and t.requires_grad]
-    found = iter(torch.autograd.grad(function(*inputs), wanted, gradients, create_graph=True, materialize_grads=True))
+    found = iter(torch.autograd.grad(outputs, wanted, gradients, create_graph=True, materialize_grads=True))
     return tuple(next(found) if t is not None and t.requires_grad else None for t in inputs)
 
 

@@ -44,7 +44,7 @@ def tanh(x):
 @triton.jit
 def tokens(block, BT: tl.constexpr):
     """The token numbers of a block, in 64 bits: a state may have more than 2³¹ elements."""
-    return tl.arange(0, BT).to(tl.int64) + block * BT
+    return tl.arange(0, BT) + (tl.zeros((BT,), tl.int64) + block) * BT
 
 
 @triton.jit

@@ -21,7 +21,7 @@ def weights_kernel(
     k = tl.arange(0, KP)
     total = tl.zeros((BD, KP), tl.float32)
     for stretch in range(tl.program_id(1), tl.cdiv(rows, BR), tl.num_programs(1)):
-        row = tl.arange(0, BR).to(tl.int64) + stretch * BR
+        row = tl.arange(0, BR) + (tl.zeros((BR,), tl.int64) + stretch) * BR
         inside = row[:, None] < rows
         h = tl.load(H + row[:, None] * D + c[None, :], mask=inside & (c[None, :] < D), other=0.0).to(tl.float32)
         e = tl.load(E + row[:, None] * K + k[None, :], mask=inside & (k[None, :] < K), other=0.0)

@@ -26,7 +26,9 @@ from types import ModuleType, SimpleNamespace
 from torch import Tensor, nn
 
 from vwn_ref import dynamic, ghc
+from vwn_ref.backbone import Sublayer
 from vwn_ref.config import KERNELS, check_choice
+from vwn_ref.reduce import Reduce
 
 reference = SimpleNamespace(width=ghc.width, dynamic_width=dynamic.dynamic_width, depth=ghc.depth)
 
@@ -112,26 +114,44 @@ def through(H: Tensor, connections: nn.ModuleList, layers: nn.ModuleList, reduce
 
     # The same in another rhythm: width | body, depth + width | body, depth + width | … | body, depth. A sublayer's
     # RMSNorm goes with the width before it, the GroupNorm of reduce with the last depth.
+    connections[0]._check_state(H)
     parameters = [fused.Parameters(*c.parameters_in_order()) for c in connections]
     x, state = fused.enter(H, parameters[0], connections[0].eps, layers[0].norm)
     for l in range(1, len(layers)):  # noqa: E741 - the paper's letter
         x, state = fused.step(layers[l - 1].body(x), state, parameters[l], connections[l].eps, layers[l].norm)
     z = layers[-1].body(x)
-    if reduce is not None and reduce.norm is not None:
+    if type(reduce) is Reduce and reduce.norm is not None and not _watched(reduce, reduce.norm):
         return reduce.linear(fused.last(z, state, reduce.norm).flatten(-2))
     H = fused.depth(z, state)
     return H if reduce is None else reduce(H)
 
 
 def _may_fuse(H: Tensor, connections: nn.ModuleList, layers: nn.ModuleList) -> bool:
-    """True where every connection is a GHC of one kind that the Triton kernels compute, and nobody watches it."""
-    if len(layers) == 0 or not all(isinstance(c, ghc.GHC) and c.kernels in ("auto", "triton") for c in connections):
+    """True where every connection is a GHC of one kind that the Triton kernels compute, and nobody watches it.
+
+    The fused path calls neither the connections nor the layers nor their norms, only bodies: they must be exactly what
+    it takes them for, not subclasses or wrappers, and nobody's hooks may be passed over.
+    """
+    if len(connections) != len(layers) or len(layers) == 0:
+        return False
+    if not all(type(c) in (ghc.GHC, dynamic.DynamicGHC) and c.kernels in ("auto", "triton") for c in connections):
         return False
     if H.device.type != "cuda" and any(c.kernels == "auto" for c in connections):
         return False
-    fused = triton_kernels()
-    if fused is None or len({(type(c), c.m, c.n) for c in connections}) > 1:
+    if not all(type(layer) is Sublayer and type(layer.norm) is nn.RMSNorm for layer in layers):
         return False
-    if any(module._forward_hooks or module._forward_pre_hooks for module in (*connections, *layers)):
-        return False  # the fused path does not call these modules; whoever hooked them wants to see them called
+    fused = triton_kernels()
+    if fused is None or len({(type(c), c.dim, c.m, c.n) for c in connections}) > 1:
+        return False
+    if _watched(*connections, *layers, *(layer.norm for layer in layers)):
+        return False
     return all(fused.suited(H, *c.parameters_in_order()) for c in connections)
+
+
+def _watched(*modules: nn.Module) -> bool:
+    """True where a hook waits for one of these modules, or for any."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    anywhere = (f"_global{name}" for name in hooks)
+    return any(getattr(m, name) for m in modules for name in hooks) or any(
+        getattr(nn.modules.module, name) for name in anywhere
+    )

@@ -143,3 +143,18 @@ def test_zero_state_with_epsilon_zero_in_a_short_last_block():
     x, _ = cpu.dynamic_width(*inputs, 0.0)
     gradients = torch.autograd.grad(x, inputs, case.g_x, materialize_grads=True)
     assert all(g.isfinite().all() for g in gradients)
+
+
+def test_first_gradients_with_create_graph_where_one_ghc_is_used_twice(either_backend):
+    # paths from one input of an operation to another are not its own
+    case = helpers.case(2, 3, 4, (2,), torch.float64)
+    results = []
+    for ops, graph in ((cpu, True), (cpu, False), (helpers.Reference, False)):
+        t = [x.clone().requires_grad_() for x in case.inputs]
+        H = t[0]
+        for _ in range(2):
+            x, state = ops.dynamic_width(H, *t[1:], helpers.EPS)
+            H = ops.depth(x.tanh(), state)
+        results.append(torch.autograd.grad(H.square().sum(), t, create_graph=graph))
+    for found in results[:2]:
+        torch.testing.assert_close(found, results[2], rtol=1e-9, atol=1e-9)

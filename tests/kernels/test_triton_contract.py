@@ -73,9 +73,9 @@ def test_a_wrong_z_is_named():
 
 
 def test_too_many_slots_are_refused():
-    H = torch.zeros(1, 129, 8, device=DEVICE)
-    with pytest.raises(ValueError, match="H has n = 129 slots: must be ≤ 128"):
-        fused.width(H, torch.zeros(129, 130, device=DEVICE), torch.zeros(1, 129, device=DEVICE))
+    H = torch.zeros(1, 65, 8, device=DEVICE)
+    with pytest.raises(ValueError, match="H has n = 65 slots: must be ≤ 64"):
+        fused.width(H, torch.zeros(65, 66, device=DEVICE), torch.zeros(1, 65, device=DEVICE))
 
 
 def test_steps_between_unlike_connections_are_refused():
@@ -289,3 +289,93 @@ def test_epsilon_none_is_the_machine_epsilon():
     q = F.rms_norm(H, (8,), tensors[-1], torch.finfo(H.dtype).eps) @ tensors[3] / 8**0.5
     A = tensors[5] * q.tanh() + tensors[1]
     torch.testing.assert_close(x, (A[..., :2].mT @ H).flatten(-2), rtol=1e-5, atol=1e-5)
+
+
+def test_first_gradients_with_create_graph_where_inputs_hang_together():
+    # z depends on H, and both widths are of one GHC: paths from one input to another are not the operation's own
+    tensors, _ = inputs(2, 3, 4, (2,))
+    results = []
+    for ops_, dtype, graph in (
+        (fused, torch.float32, True),
+        (fused, torch.float32, False),
+        (helpers.Reference, torch.float64, False),
+    ):
+        t = [x.to(dtype).requires_grad_() for x in tensors]
+        H = t[0]
+        for _ in range(2):
+            x, state = ops_.dynamic_width(H, *t[1:], helpers.EPS)
+            H = ops_.depth(x.tanh(), state)
+        results.append([g.double() for g in torch.autograd.grad(H.square().sum(), t, create_graph=graph)])
+    for found in results[:2]:
+        for g, exact in zip(found, results[2], strict=True):
+            torch.testing.assert_close(g, exact, rtol=1e-4, atol=1e-5 * exact.abs().max().item())
+
+
+def test_norm_gains_that_are_not_contiguous_or_not_the_right_size():
+    tensors, _ = inputs()
+    parameters, norm = fused.Parameters(*tensors[1:]), nn.RMSNorm(16, eps=1e-6)
+    norm.weight = nn.Parameter(torch.randn(32, device=DEVICE)[::2])
+    x, _ = fused.enter(tensors[0], parameters, helpers.EPS, norm)
+    plain, _ = fused.enter(tensors[0], parameters, helpers.EPS)
+    torch.testing.assert_close(x, F.rms_norm(plain, (16,), norm.weight, 1e-6), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"norm\.weight has shape \(5,\): must be \[D\] = \[16\]"):
+        fused.enter(tensors[0], parameters, helpers.EPS, nn.RMSNorm(5, device=DEVICE))
+
+
+def test_sums_are_float32_whatever_the_default_dtype():
+    tensors, z = inputs(dtype=torch.bfloat16)
+    torch.set_default_dtype(torch.float64)
+    try:
+        t = [x.requires_grad_() for x in tensors]
+        x, state = fused.dynamic_width(*t, helpers.EPS)
+        gradients = torch.autograd.grad(fused.depth(z, state).sum() + x.sum(), t)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(g.isfinite().all() and g.dtype == torch.bfloat16 for g in gradients)
+
+
+def test_one_slot_and_one_segment_as_an_operator():
+    tensors, z = inputs(1, 1, 4, (2,))
+    torch.library.opcheck(
+        torch.ops.vwn_ref.ghc_triton_depth.default,
+        (tensors[0].requires_grad_(), z, *(t.requires_grad_() for t in tensors[1:]), 1e-6),
+        test_utils=("test_aot_dispatch_dynamic",),
+    )
+
+
+def changed(model, how):
+    if how == "another norm":
+        model.sublayers[0].norm = nn.LayerNorm(8).to(DEVICE)
+    elif how == "a subclass":
+        model.connections[0].__class__ = type("Own", (DynamicGHC,), {})
+    elif how == "a hook on a norm":
+        model.sublayers[0].norm.register_forward_hook(lambda *a: None)
+    else:
+        model.connections[0].register_full_backward_pre_hook(lambda *a: None)
+    return model
+
+
+@pytest.mark.parametrize("how", ["another norm", "a subclass", "a hook on a norm", "a backward hook"])
+def test_what_is_not_the_usual_is_not_fused(calls, how):
+    changed(small(m=2, n=3), how)(TOKENS)
+    assert "step" not in calls
+
+
+def test_a_connection_too_few_is_refused():
+    model = small(m=2, n=3)
+    H = model.embedding(TOKENS)
+    with pytest.raises(ValueError, match="zip"):
+        ops.through(H, model.connections, model.sublayers[:1])
+
+
+@pytest.mark.parametrize(
+    "H, B, message",
+    [
+        (torch.zeros(2, 3, 0), torch.zeros(2, 3), r"H has shape \(2, 3, 0\): must be \[\.\.\., n, d_b\] with n ≥ 1"),
+        (torch.zeros(2, 3, 8), torch.zeros(()), r"B has shape \(\): must be \[m, n\]"),
+        (torch.zeros(2, 3, 8), torch.zeros(0, 3), r"B has shape \(0, 3\): must be \[m, n\]"),
+    ],
+)
+def test_empty_shapes_are_named(H, B, message):
+    with pytest.raises(ValueError, match=message):
+        fused.width(H.to(DEVICE), torch.zeros(3, 5, device=DEVICE), B.to(DEVICE))
