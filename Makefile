@@ -33,13 +33,15 @@ unexport PYTHONPATH
 unexport PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test check test-slow notebooks figures bench lint install
+.PHONY: help lab test check test-slow test-kernels gpu notebooks figures bench lint install
 
 help:
 	@echo "make lab        open the course in JupyterLab; ARGS=--no-browser prints the address instead"
 	@echo "make test       all unit tests, then every notebook executed and compared with its stored outputs"
 	@echo "make check      the notebooks alone; NB=notebooks/02_*.ipynb for some of them"
 	@echo "make test-slow  tests left out of make test: build and install a wheel"
+	@echo "make test-kernels  compile every Triton kernel for every target, without a GPU; takes an hour or more, goes on"
+	@echo "make gpu        on a machine with a GPU: its tests, then the benchmark; writes figures/data/gpu"
 	@echo "make notebooks  execute the notebooks in place; NB=notebooks/02_*.ipynb for some of them"
 	@echo "make figures    redraw figures/*.png from the numbers in figures/data"
 	@echo "make bench      time the model on this CPU"
@@ -59,6 +61,14 @@ check: $(STAMP)
 
 test-slow: $(STAMP)
 	$(PY) -m pytest -m slow $(ARGS)
+
+# Rows that are kept and still true are not compiled again.
+test-kernels: $(STAMP)
+	$(PY) -m vwn_ref.kernels.aot --jobs $(WORKERS) --out figures/data/gpu/aot.json $(ARGS)
+
+gpu: $(STAMP)
+	$(PY) -m pytest tests/kernels/test_gpu.py -rs
+	$(PY) -m vwn_ref.kernels.bench $(ARGS)
 
 notebooks: $(STAMP)
 	$(PY) tests/notebooks/lessons.py execute $(NB)

@@ -1,9 +1,10 @@
 """Compile every Triton kernel ahead of time, with no GPU: `python -m vwn_ref.kernels.aot --out FILE.json`.
 
 For each kernel, forward and backward, each (m, n), D, state type and target: does it compile, how many registers does
-a thread take, how many bytes of them spill into memory, how much shared memory does a program take, and does that fit.
-Registers and spills come from the finished binary: on NVIDIA targets from `cuobjdump`, which Triton brings along, on
-AMD ones from the notes in the assembly, whose registers are counted with the accumulation registers.
+a thread take, how many bytes of them spill into memory, how much shared memory does a program take, and does that fit;
+and, on NVIDIA targets, how many instructions the warps of a program issue for one token.
+Registers, spills and instructions come from the finished binary: on NVIDIA targets from `cuobjdump`, which Triton
+brings along, on AMD ones from the notes in the assembly, whose registers are counted with the accumulation registers.
 
 A row is kept with a digest of everything it was made from, so that a run that was ended goes on where it stopped, and
 an edit compiles again what it concerns. Exit status 1 where a row of those asked for is not as `faults` wants it.
@@ -25,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,13 +100,30 @@ def matrix(
 
 
 def everything() -> list[Job]:
-    """The whole matrix, and at D = 1024 static ones, ones with no norm in them, and float16."""
+    """The whole matrix; at D = 1024 static ones, ones with no norm, and float16; and m = 1, Hyper-Connections."""
     some = {"shapes": ((2, 3), (8, 64)), "widths": (1024,)}
     return [
         *matrix(),
+        *matrix(shapes=((1, 4),), widths=(1024, 4096), dtypes=("bf16",), targets=("sm_90",)),
         *matrix(**some, dtypes=("bf16",), dynamic=False),
         *matrix(**some, dtypes=("bf16",), norm=False, kernels=("width", "width_backward", "step", "step_backward")),
         *matrix(**some, dtypes=("fp16",)),
+    ]
+
+
+def covering() -> list[Job]:
+    """A small part of `everything`: each kernel, each target, few slots and many."""
+    return [
+        Job("step", 2, 3, 1024, "bf16", "sm_90"),
+        Job("step_backward", 4, 8, 1024, "bf16", "sm_90"),
+        Job("weights", 2, 3, 1024, "bf16", "sm_90"),
+        Job("weights", 4, 8, 1024, "fp32", "sm_90"),
+        Job("width_backward", 2, 3, 1024, "bf16", "sm_90"),
+        Job("depth_backward", 4, 8, 1024, "bf16", "sm_80"),
+        Job("depth", 2, 3, 1024, "bf16", "sm_100"),
+        Job("last", 8, 64, 1024, "bf16", "sm_80", dynamic=False),
+        Job("width", 2, 3, 1024, "bf16", "gfx942"),
+        Job("last_backward", 2, 3, 1024, "bf16", "gfx942", dynamic=False),
     ]
 
 
@@ -173,17 +192,47 @@ def compile_one(job: Job) -> dict:
         compiled = triton.compile(source, target=gpu, options={"num_warps": warps})
     except Exception as error:  # whatever the compiler raises is the result
         return row | {"error": f"{type(error).__name__}: {error}"[:2000]}
-    used = resources(compiled.asm["cubin"]) if gpu.backend == "cuda" else amd_resources(compiled.asm["amdgcn"])
-    return row | used | {"shared": compiled.metadata.shared}
+    row["shared"] = compiled.metadata.shared
+    if gpu.backend == "hip":
+        return row | amd_resources(compiled.asm["amdgcn"])
+    cubin, chunks = compiled.asm["cubin"], -(-constants["D"] // constants["BD"])
+    tokens = Fraction(constants["BR"], job.n * chunks) if job.kernel == "weights" else constants["BT"]
+    issued = warps * instructions(cuobjdump(cubin, "-sass"), chunks, job.kernel)
+    return row | resources(cuobjdump(cubin, "--dump-resource-usage")) | {"instructions": round(issued / tokens)}
 
 
-def resources(cubin: bytes) -> dict:
-    """Registers a thread, and bytes of local memory a thread: arrays (none here) and spilled registers."""
+def cuobjdump(cubin: bytes, option: str) -> str:
+    """What the tool prints about a binary."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        command = [knobs.nvidia.cuobjdump.path, option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def instructions(sass: str, chunks: int, kernel: str) -> int:
+    """Instructions that a warp issues for one block of tokens, counted in the disassembly.
+
+    A backward branch is a loop. In backward kernels and in `weights` the outermost one takes a block of tokens (or a
+    stretch of rows) a turn: one turn is counted, and what stands around it is not, as there are many turns. Every
+    other loop walks along d_b, in `chunks` turns. Branches that skip something are taken to skip nothing.
+    """
+    places = {int(address, 16): text for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/ +([^;]+);", sass)}
+    order = {address: i for i, address in enumerate(places)}
+    loops = []
+    for address, text in places.items():
+        jump = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
+        if jump and int(jump[1], 16) < address:  # a jump to itself, behind the end, is no loop
+            loops.append((order[int(jump[1], 16)], order[address]))
+    first, last = 0, len(places) - 1
+    if kernel == "weights" or kernel.endswith("backward"):
+        first, last = min(a for a, _ in loops), max(b for _, b in loops)
+        loops.remove((first, last))
+    return last - first + 1 + sum((chunks - 1) * (b - a + 1) for a, b in loops)
+
+
+def resources(text: str) -> dict:
+    """Registers a thread, and bytes of local memory a thread: arrays (none here) and spilled registers."""
     return {
         "registers": int(re.search(r"REG:(\d+)", text)[1]),
         "spilled": int(re.search(r"STACK:(\d+)", text)[1]) + int(re.search(r"LOCAL:(\d+)", text)[1]),
@@ -218,7 +267,7 @@ def faults(row: dict) -> str:
     return ""
 
 
-COLUMNS = (*Job._fields, "BT", "BD", "num_warps", "registers", "spilled", "shared")
+COLUMNS = (*Job._fields, "BT", "BD", "num_warps", "registers", "spilled", "shared", "instructions")
 HEAD = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
 
 
@@ -260,6 +309,7 @@ def main() -> int:
     parser.add_argument("--targets", nargs="+", choices=list(TARGETS))
     parser.add_argument("--static", action="store_true", help="a static GHC; dynamic otherwise")
     parser.add_argument("--no-norm", action="store_true", help="no RMSNorm after width; with it otherwise")
+    parser.add_argument("--covering", action="store_true", help="the part of it all that `make test` compiles")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations at a time")
     parser.add_argument("--out", type=Path, help="JSON file: its rows are kept, new ones added as they are made")
     asked = parser.parse_args()
@@ -267,7 +317,9 @@ def main() -> int:
         parser.error("TRITON_INTERPRET is set: kernels that are interpreted cannot be compiled; unset it")
 
     chosen = {k: v for k in ("kernels", "shapes", "widths", "dtypes", "targets") if (v := getattr(asked, k))}
-    if asked.static or asked.no_norm or chosen:
+    if asked.covering:
+        jobs = covering()
+    elif asked.static or asked.no_norm or chosen:
         jobs = list(matrix(**chosen, dynamic=not asked.static, norm=not asked.no_norm))
     else:
         jobs = everything()

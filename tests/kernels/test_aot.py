@@ -1,0 +1,125 @@
+"""The Triton kernels compiled ahead of time, with no GPU: a covering subset here, everything by `make test-kernels`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+from vwn_ref.kernels import aot
+
+KEPT = Path(__file__).resolve().parents[2] / "figures" / "data" / "gpu" / "aot.json"
+
+
+def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """A process of its own: these tests are interpreted, and interpreted kernels cannot be compiled. Its cache is its
+    own too, so that everything is compiled and not found."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(folder / "cache")
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """(folder, process) of `python -m vwn_ref.kernels.aot --covering`, which left aot.json there."""
+    folder = tmp_path_factory.mktemp("aot")
+    return folder, python(
+        folder, "-m", "vwn_ref.kernels.aot", "--covering", "--jobs", "1", "--out", str(folder / "aot.json")
+    )
+
+
+def test_every_kernel_compiles_fits_and_does_not_spill(compiled):
+    folder, done = compiled
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((folder / "aot.json").read_text())["rows"]
+    assert [aot.job_of(row) for row in rows] == sorted(aot.covering())
+    assert {row["kernel"] for row in rows} == set(aot.KERNELS) and {row["target"] for row in rows} == set(aot.TARGETS)
+    for row in rows:
+        assert "error" not in row and 0 < row["registers"] <= 512, row
+        assert 0 < row["shared"] <= aot.TARGETS[row["target"]][1], row
+        assert row["spilled"] == 0 or row["target"] != "sm_90", row
+        assert row["target"] == "gfx942" or 100 < row["instructions"] < 20_000, row
+        assert aot.line(row) in done.stdout
+
+
+def test_what_is_kept_is_not_compiled_again_unless_it_changed_and_spills_show(compiled):
+    folder, done = compiled
+    assert done.returncode == 0, done.stdout + done.stderr
+    code = f"""
+        import sys
+        from pathlib import Path
+        from vwn_ref.kernels import aot, fused
+        path = Path({str(folder / "aot.json")!r})
+        sys.argv = ["aot", "--covering", "--out", str(path)]
+        assert aot.main() == 0
+        fused.tile = lambda *shape: fused.Tile(8, 64, 1)  # a tile too large for one warp
+        job = aot.Job("width_backward", 2, 3, 1024, "bf16", "sm_90")
+        assert aot.digest(job) != aot.read(path).get(job, {{}}).get("digest")
+        row = aot.compile_one(job)
+        print("FAULT", aot.faults(row))
+    """
+    again = python(folder, "-c", textwrap.dedent(code))
+    assert again.returncode == 0, again.stdout + again.stderr
+    count = len(aot.covering())
+    assert f"{count} configurations, {count} of them kept" in again.stdout
+    assert "FAULT spilled = " in again.stdout and "must be 0 on sm_90" in again.stdout
+
+
+SASS = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;            /* 0x00000a00ff017b82 */
+                                                                     /* 0x000fe20000000800 */
+        /*0010*/                   MOV R2, R1 ;
+        /*0020*/                   FADD R3, R2, R1 ;
+        /*0030*/              @!P0 BRA 0x60 ;
+        /*0040*/                   FADD R3, R3, R1 ;
+        /*0050*/               @P1 BRA 0x40 ;
+        /*0060*/                   MOV R4, R3 ;
+        /*0070*/               @P2 BRA `(.L_x_0) 0x10 ;
+        /*0080*/                   EXIT ;
+        /*0090*/                   BRA 0x90;
+"""
+
+
+def test_instructions_by_hand():
+    # the inner loop is two instructions long; the outer one has seven, the inner one's first turn included
+    assert aot.instructions(SASS, 5, "width_backward") == 7 + 4 * 2
+    assert aot.instructions(SASS, 1, "weights") == 7
+    # forward there is no loop over blocks: all ten, and four more turns of both loops along d_b
+    assert aot.instructions(SASS, 5, "width") == 10 + 4 * (2 + 7)
+
+
+@pytest.mark.parametrize(
+    "change, fault",
+    [
+        ({}, ""),
+        ({"spilled": 8}, "spilled = 8: must be 0 on sm_90"),
+        ({"spilled": 8, "shared": 0, "target": "sm_80"}, ""),
+        ({"shared": 232_449}, "shared = 232449: must be ≤ 232448"),
+        ({"shared": 65_537, "target": "gfx942"}, "shared = 65537: must be ≤ 65536"),
+        ({"error": "CompilationError: at 3:4\nx"}, "CompilationError: at 3:4"),
+    ],
+    ids=str,
+)
+def test_what_counts_as_a_fault(change, fault):
+    assert aot.faults({"target": "sm_90", "spilled": 0, "shared": 232_448} | change) == fault
+
+
+def test_the_kept_table_is_whole_and_without_faults():
+    """Rows of code that has changed since may be among them: `make test-kernels` compiles those again."""
+    rows = json.loads(KEPT.read_text())["rows"]
+    assert {aot.job_of(row) for row in rows} == set(aot.everything())
+    assert [aot.line(row) for row in rows if aot.faults(row)] == []
+
+
+@pytest.mark.skipif(not aot.fused.INTERPRETED, reason="nothing is interpreted here")
+def test_interpreted_kernels_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["aot"])
+    with pytest.raises(SystemExit, match="2"):
+        aot.main()
+    assert "TRITON_INTERPRET is set" in capsys.readouterr().err

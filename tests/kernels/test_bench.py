@@ -1,0 +1,153 @@
+"""The benchmark: its byte model by hand, and that it goes through everything without inventing a number."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+from vwn_ref.kernels import bench
+
+D = 1024
+
+
+@pytest.mark.parametrize(
+    "op, direction, m, n, rows",
+    [
+        ("width", "forward", 2, 3, 3 + 2),
+        ("depth", "forward", 2, 3, 3 + 2 + 3),
+        ("step", "forward", 2, 3, 3 + 2 + 3 + 2),
+        ("last", "forward", 4, 8, 8 + 4 + 8),
+        ("width", "backward", 2, 3, 3 + 2 + 3),
+        ("depth", "backward", 2, 3, 3 + 2 + 3 + 3 + 2),
+        ("step", "backward", 2, 3, 3 + 2 + 3 + 2 + 3 + 2),
+        ("step", "backward", 8, 64, 3 * 72),
+        ("last", "backward", 4, 8, 8 + 4 + 8 + 8 + 4),
+    ],
+)
+def test_minimal_bytes_by_hand(op, direction, m, n, rows):
+    assert bench.minimal_bytes(op, direction, m, n, D // m, 7, 2) == rows * (D // m) * 2 * 7
+
+
+@pytest.mark.parametrize("op", bench.OPS)
+def test_minimal_bytes_are_those_of_the_tensors(op):
+    """Forward what goes in and comes out; backward the same inputs, gradients in and gradients out."""
+    t = bench.Task("fused", op, 2, 4, 16, 5)
+    function, inputs, fresh = bench.work(t, bench.Bench(True, torch.device("cpu")))
+    outputs = function(*inputs)
+    states = sum(x.nbytes for x in inputs[:fresh])
+    shape = (op, 2, 4, 8, 5, 4)
+    assert bench.minimal_bytes(*shape[:1], "forward", *shape[1:]) == states + sum(y.nbytes for y in outputs)
+    back = [torch.ones_like(y) for y in outputs]
+    gradients = torch.autograd.grad(outputs, inputs, back)  # every input is used, or this raises
+    moved = states + sum(g.nbytes for g in (*back, *gradients[:fresh]))
+    assert bench.minimal_bytes(*shape[:1], "backward", *shape[1:]) == moved
+
+
+@pytest.mark.parametrize(
+    "op, one_kernel, rows, coefficients",
+    [
+        ("width", True, 3 * 3 + 2, 3 * 2),
+        ("depth", True, 4 * 3 + 2 * 2, 3 * 5),
+        ("step", True, 6 * 3 + 3 * 2, 3 * 5 + 3 * 2),  # H′ and the new state twice: once by weights_kernel
+        ("step", False, (3 * 3 + 2) + (3 * 3 + 2 * 2) + 2 * 3, 3 * 5 + 3 * 2),  # width, which adds; depth; weights
+    ],
+)
+def test_bytes_of_our_backward_kernels_by_hand(op, one_kernel, rows, coefficients):
+    found = bench.kernel_bytes(op, "backward", 2, 3, 512, 1, 2, one_kernel)
+    assert found == rows * 512 * 2 + coefficients * 4 * 2
+
+
+def test_the_plain_model_leaves_room():
+    assert bench.fitting_batch(1024, 2048, 8, 80 * 10**9) == 16
+    assert 1 <= bench.fitting_batch(4096, 2048, 8, 80 * 10**9) < 16
+    assert bench.fitting_batch(4096, 2048, 8, 24 * 10**9) == 1
+
+
+def test_the_predicted_ratio_by_hand():
+    t = bench.Model("fused", 2, 3, 1024, 8, 1, 2048)
+    known = bench.Bench(True, torch.device("cpu"), copy_rate=3e12, matrix_rate=7e14)
+    assert bench.predicted_ratio(t, None, known) is None
+    moved = 16 * 2048 * 2 * (25 * 512 - 9 * 1024)  # 16 GHCs, 10 and 15 rows; the norms and additions of the plain model
+    table, reduce, ghc = 8192 * 512, 1024 * 1536, 512 * 8 + 2 * 3 * 7
+    bytes_ = moved + 28 * (table + reduce + 16 * ghc)
+    products = 3 * 2048 * 2 * reduce
+    seconds = bytes_ / 3e12 + products / 7e14
+    assert bench.predicted_ratio(t, 50_000, known) == pytest.approx(1 + seconds / 0.05, rel=1e-12)
+
+
+def test_everything_important_is_asked_for():
+    full = bench.tasks(False)
+    assert len(set(full)) == len(full)
+    for m, n in ((2, 3), (4, 8), (8, 64)):
+        for width in (1024, 2048, 4096):
+            for op in ("width", "depth", "step"):
+                for name in ("fused", "reference", "compiled"):
+                    assert bench.Task(name, op, m, n, width, 16_384) in full
+    assert {t.tokens for t in full if t.implementation == "fused"} == {8_192, 16_384, 32_768, 65_536}
+    assert {(t.m, t.n) for t in full if t.implementation.startswith("package")} == {(1, 4)}
+
+
+# ------------------------------------------------------------------------------------------------------ a dry run
+
+
+def start(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "vwn_ref.kernels.bench", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=kept | environment)
+
+
+MEASURED = {
+    "median_us", "q1_us", "q3_us", "bytes_per_second", "flops_per_second", "share_of_copy", "peak_bytes", "seconds",
+    "kept_bytes_per_token_and_layer", "more_than_plain", "peak_ratio", "step_ratio", "predicted_step_ratio",
+}  # fmt: skip
+COUNTED = {  # by formulas, or names of what ran
+    "implementation", "op", "m", "n", "D", "tokens", "dtype", "direction", "minimal_bytes", "kernel_bytes", "repeats",
+    "what", "bytes", "flops", "way", "layers", "batch", "seq_len", "graphs", "flops_ratio", "recompute", "formula",
+}  # fmt: skip
+FACTS = {"date", "commit", "python", "torch", "triton", "dry_run", "device", "stage", "not_measured", "seconds", "rows"}
+
+
+def test_a_dry_run_goes_through_all_and_measures_nothing(tmp_path):
+    # --dry-run sets the variable itself, and then has to import everything a second time
+    done = start("--dry-run", "--out", str(tmp_path), "--commit", "a name", TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+    files = {p.name: json.loads(p.read_text()) for p in (tmp_path / "dry-run").iterdir()}
+    assert set(files) == {f"{stage}.json" for stage in bench.STAGES}
+    for found in files.values():
+        assert set(found) >= FACTS and found["dry_run"] and found["commit"] == "a name"
+        assert found["device"].startswith("none") and found["not_measured"] == [] and found["rows"]
+        for row in found["rows"]:
+            assert "error" not in row, row
+            assert set(row) <= MEASURED | COUNTED, set(row) - MEASURED - COUNTED
+            assert all(row[key] is None for key in MEASURED & set(row)), row
+            assert row.get("repeats", 0) == 0
+    ops = {(r["implementation"], r["op"], r["direction"]) for r in files["ops.json"]["rows"]}
+    assert ops == {(t.implementation, t.op, x) for t in bench.tasks(True) for x in bench.DIRECTIONS}
+    assert [r["way"] for r in files["steps.json"]["rows"]] == ["plain", "fused", "compiled"]
+    # a graph for attention and one for the FFN, also where there are two blocks
+    assert [(r["layers"], r["graphs"]) for r in files["steps.json"]["rows"]] == [(2, 2), (1, 2), (2, 2)]
+    assert [(r["way"], r["recompute"]) for r in files["memory.json"]["rows"]] == [
+        (way, recompute) for way in ("plain", "reference") for recompute in (False, True)
+    ]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_it_says_so(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(["--out", str(tmp_path)])
+    assert "no GPU here, and so nothing to measure" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_failure_does_not_end_the_rest():
+    def fails():
+        raise RuntimeError("no")
+
+    assert bench.attempt({"op": "step"}, fails) == {"op": "step", "error": "RuntimeError: no"}
+    assert bench.attempt({"op": "step"}, lambda: {"median_us": 1.0}) == {"op": "step", "median_us": 1.0}

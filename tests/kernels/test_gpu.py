@@ -1,0 +1,251 @@
+"""On a GPU, at the sizes of training: `make gpu` runs these and then the benchmark. Elsewhere they are skipped.
+
+Against the reference in float64, on the GPU too. What is checked at small sizes (every (m, n), lengths, strides,
+errors) is in test_triton_*.py, which run on a GPU as well where there is one.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import helpers
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+import test_triton_values as values
+from torch import nn
+from vwn_ref.kernels import fused
+
+from vwn_ref.config import VWNConfig
+from vwn_ref.model import VWNTransformer
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: torch.cuda.is_available() is False"),
+    pytest.mark.skipif(fused.INTERPRETED, reason="TRITON_INTERPRET is set: this is for the compiled kernels"),
+]
+
+# Root-mean-square errors relative to the tensor, as everywhere; none of this has been measured yet.
+# bfloat16: a store rounds by at most 2⁻⁹, 1.1e-3 in the mean square; eight of them lie between the first input and the
+# last output or gradient, coefficients are rounded to 2⁻¹¹ on the tensor cores, and tanh' and the norms spread both:
+# √8 · 1.1e-3 = 3e-3, and as much again. The interpreter's 1.5e-2 (test_triton_values.py) is for sums of few tokens.
+# float32: tf32x3 leaves 2⁻²² of a product, float32 2⁻²⁴ of every addition, up to 10⁵ of them in a gradient. One factor
+# rounded to plain tf32 by mistake would be 3e-4.
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 2e-5}
+SHAPES = [(2, 3), (4, 8), (8, 64)]
+
+outputs_full_of_nan = values.outputs_full_of_nan
+
+
+@pytest.fixture(autouse=True)
+def memory_given_back():
+    """Several processes test on one GPU."""
+    yield
+    torch.cuda.empty_cache()
+
+
+# ---------------------------------------------------------------------------------------------------------- values
+
+
+@pytest.mark.parametrize(
+    "m, n, D, tokens, dtype",
+    [
+        *((*shape, 1024, tokens, dtype) for tokens in (4096, 16384) for shape in SHAPES for dtype in TOLERANCE),
+        *((*shape, 4096, 4096, torch.bfloat16) for shape in SHAPES),  # the widest that bench.py times
+        (2, 3, 1024, 4099, torch.bfloat16),  # a last block that is not full
+    ],
+    ids=str,
+)
+def test_two_sublayers(m, n, D, tokens, dtype):
+    """width and its norm, step and its norm, and last (depth where r is no integer), with every gradient."""
+    case, groups = (m, n, D // m, (tokens,), dtype), n % m == 0
+    found = values.two_sublayers(fused, *case, groups=groups)
+    values.assert_close(found, values.two_sublayers(values.Reference, *case, groups=groups), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("m, n", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_width_and_depth(m, n, dtype, static):
+    """Without norms in between."""
+    case = helpers.case(m, n, 1024 // m, (4096,), dtype)
+    case = helpers.Case(tuple(t.cuda() for t in case.inputs), *(t.cuda() for t in case[1:]))
+    found = helpers.run(fused, case, static=static)
+    helpers.assert_close(found, helpers.oracle(case, static=static), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("m, n", SHAPES, ids=str)
+def test_the_same_bits_twice(m, n, dtype):
+    case, groups = (m, n, 1024 // m, (16384,), dtype), n % m == 0
+    first, second = (values.two_sublayers(fused, *case, groups=groups) for _ in range(2))
+    assert all(torch.equal(t, second[name]) for name, t in first.items())
+
+
+def test_a_state_of_more_than_2_to_the_31_elements():
+    m, n, d = 2, 3, 512
+    tokens = 2**31 // (n * d) + 100
+    needed = 2 * tokens * d * (6 * n + 5 * m) + 4 * tokens * n * (n + 2 * m)  # states and gradients; e
+    if torch.cuda.mem_get_info()[0] < 1.2 * needed:
+        pytest.skip(f"{needed / 2**30:.0f} GiB of GPU memory are needed, and a fifth more")
+    parameters = helpers.case(m, n, d, (), torch.float32).inputs[1:]
+    own = fused.Parameters(*(t.cuda().requires_grad_() for t in parameters))
+    norm = nn.RMSNorm(m * d, eps=1e-6, device="cuda")
+
+    def random(*shape):
+        return torch.randn(tokens, *shape, device="cuda", dtype=torch.bfloat16)
+
+    H, z, g_x, g = random(n, d).requires_grad_(), random(m * d).requires_grad_(), random(m * d), random(n, d)
+    assert H.numel() > 2**31
+    x, state = fused.step(z, fused.State(H, own, helpers.EPS), own, helpers.EPS, norm)
+    g_H, g_z, *of_parameters = torch.autograd.grad([x, state.H], [H, z, *own], [g_x, g])
+    assert all(t.isfinite().all() for t in of_parameters)
+
+    for ends in (slice(0, 50), slice(tokens - 50, None)):  # what a token gets back depends on that token alone
+        h, s, back_x, back = (t.detach()[ends].double().requires_grad_() for t in (H, z, g_x, g))
+        exact = fused.Parameters(*(p.detach().double() for p in own))
+        double_norm = nn.RMSNorm(m * d, eps=1e-6, device="cuda", dtype=torch.float64)
+        _, before = values.Reference.enter(h, exact, helpers.EPS, double_norm)
+        H_next = values.Reference.depth(s, before)
+        y, _ = values.Reference.enter(H_next, exact, helpers.EPS, double_norm)
+        wanted = [y, H_next, *torch.autograd.grad([y, H_next], [h, s], [back_x, back])]
+        for name, found, right in zip(("x", "H", "g_H", "g_z"), (x, state.H, g_H, g_z), wanted, strict=True):
+            error = ((found.detach()[ends].double() - right).norm() / right.norm()).item()
+            assert error < TOLERANCE[torch.bfloat16], f"{name}, tokens {ends}: {error:.1e}"
+
+
+# ------------------------------------------------------------------------------------------------------- the model
+
+CONFIG = {"vocab_size": 512, "dim": 256, "n_layers": 2, "n_heads": 4, "m": 4, "n": 8}
+
+
+def model(kernels: str, dtype: torch.dtype = torch.float32) -> VWNTransformer:
+    torch.manual_seed(0)
+    made = VWNTransformer(VWNConfig(**CONFIG, kernels=kernels)).to("cuda", dtype)
+    for name, p in made.named_parameters():
+        if name.startswith("connections") and "W_" in name:
+            nn.init.normal_(p, std=0.5)  # zero at first: tanh would have nothing to do
+    return made
+
+
+def gradients(made: VWNTransformer, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    made.loss(tokens).total.backward()
+    return {"logits": made(tokens).detach()} | {f"g_{name}": p.grad for name, p in made.named_parameters()}
+
+
+def test_the_whole_model_in_float32():
+    tokens = torch.randint(0, 512, (4, 257), device="cuda")
+    found, wanted = gradients(model("triton"), tokens), gradients(model("reference", torch.float64), tokens)
+    for name, exact in wanted.items():
+        error = ((found[name].double() - exact).norm() / exact.norm()).item()
+        # as in test_triton_values.py: float32 through four sublayers and the loss, here of 1,024 tokens
+        assert error < 1e-4, f"{name}: {error:.1e}"
+
+
+def test_the_whole_model_under_autocast(monkeypatch):
+    """No further from float64 than the reference under the same autocast is, within a half."""
+    called = []
+    step = fused.step
+    monkeypatch.setattr(fused, "step", lambda *a: called.append(1) or step(*a))
+    tokens = torch.randint(0, 512, (4, 257), device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        found = gradients(model("auto"), tokens)
+        other = gradients(model("reference"), tokens)
+    assert len(called) == 2 * 3, "auto takes the fused step between four sublayers, in loss and logits"
+    wanted = gradients(model("reference", torch.float64), tokens)
+    for name, exact in wanted.items():
+        ours, theirs = (((t[name].double() - exact).norm() / exact.norm()).item() for t in (found, other))
+        assert found[name].isfinite().all() and ours < max(1.5 * theirs, 1e-2), f"{name}: {ours:.1e}, {theirs:.1e}"
+
+
+def test_torch_compile_makes_one_graph_of_the_model():
+    # in a process of its own: the shape checks of the other tests are Python code that cannot be traced
+    run("""
+        import torch
+        from vwn_ref import VWNConfig, VWNTransformer
+        model = VWNTransformer(VWNConfig(vocab_size=512, dim=256, n_layers=2, n_heads=4, m=4, n=8)).cuda()
+        tokens = torch.randint(0, 512, (2, 65), device="cuda")
+        whole = lambda tokens: model.loss(tokens).total
+        results = []
+        for f in (whole, torch.compile(whole, fullgraph=True)):
+            model.zero_grad()
+            loss = f(tokens)
+            loss.backward()
+            results.append([loss.detach(), *(p.grad for p in model.parameters())])
+        for a, b in zip(*results):
+            error = ((a - b).norm() / a.norm().clamp_min(1e-9)).item()
+            assert error < 1e-4, error  # float32: only the order of sums outside our kernels differs
+    """)
+
+
+def test_operators_pass_opcheck():
+    case = helpers.case(2, 4, 16, (5,), torch.float32)
+    H, A, B, W_alpha, W_beta, S_alpha, S_beta, gain = (t.cuda().requires_grad_() for t in case.inputs)
+    z, norm, weight, bias = (torch.randn(s, device="cuda", requires_grad=True) for s in ((5, 32), 32, 64, 64))
+    own = (A, B, W_alpha, W_beta, S_alpha, S_beta, gain)
+    operators = torch.ops.vwn_ref
+    for operator, arguments in (
+        (operators.ghc_triton_width, (H, A, W_alpha, S_alpha, gain, norm, 1e-6, 1e-6)),
+        (operators.ghc_triton_depth, (H, z, *own, 1e-6)),
+        (operators.ghc_triton_step, (H, z, *own, A, W_alpha, S_alpha, gain, norm, 1e-6, 1e-6, 1e-6)),
+        (operators.ghc_triton_last, (H, z, *own, weight, bias, 1e-6, 1e-6)),
+    ):
+        torch.library.opcheck(operator.default, arguments)
+
+
+# ---------------------------------------------------------------------------------------------- compute-sanitizer
+
+# Every kernel, forward and backward, for few slots, many, and so many that step's backward is two kernels. 33 tokens
+# and d_b of 24 leave the last block and the last chunk partly empty.
+EVERY_KERNEL = """
+    import torch
+    from torch import nn
+    from vwn_ref.kernels import fused
+    for m, n in ((2, 4), (4, 8), (8, 64)):
+        d, k = 24, m + n
+        shapes = [(n, k), (m, n), (d, k), (d, m), (n, k), (m, n), (d,)]
+        own = fused.Parameters(*(torch.randn(s, device="cuda", requires_grad=True) for s in shapes))
+        for dtype in (torch.bfloat16, torch.float32):
+            H = torch.randn(33, n, d, device="cuda", dtype=dtype, requires_grad=True)
+            norm = nn.RMSNorm(m * d, eps=1e-6, device="cuda")
+            x, state = fused.enter(H, own, 1e-6, norm)
+            x, state = fused.step(x, state, own, 1e-6, norm)
+            x, state = fused.step(x, state, own, 1e-6)
+            y = fused.last(x, state, nn.GroupNorm(n // m, n * d, device="cuda"))
+            (y.float().square().mean() + fused.depth(x, state).float().square().mean()).backward()
+            assert y.isfinite().all() and own.W_alpha.grad.isfinite().all()
+    torch.cuda.synchronize()
+"""
+
+
+def run(code: str, *before: str, **environment) -> str:
+    """Python code in a process of its own, under a command; its output."""
+    command = [*before, sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=300)
+    output = done.stdout + done.stderr
+    if before and "Device not supported" in output:
+        pytest.skip(f"{before[0]}: this machine does not let it at the GPU")
+    assert done.returncode == 0, output[-4000:]
+    return output
+
+
+def sanitizer() -> str | None:
+    """The tool, where CUDA's toolkit is installed."""
+    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+
+
+@pytest.mark.skipif(sanitizer() is None, reason="compute-sanitizer is not installed")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
+def test_compute_sanitizer_finds_nothing(tool):
+    run(EVERY_KERNEL)  # compiled outside, where it is quicker
+    output = run(
+        EVERY_KERNEL, str(sanitizer()), "--tool", tool, "--error-exitcode", "9",
+        "--target-processes", "application-only",
+        PYTORCH_NO_CUDA_MEMORY_CACHING="1",  # every tensor an allocation of its own, whose end is seen
+    )  # fmt: skip
+    assert "SUMMARY" in output, output[-4000:]
