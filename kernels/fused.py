@@ -70,7 +70,7 @@ def is_many(n: int) -> bool:
 
 
 def tile(kernel: str, m: int, n: int, d: int, bits: int) -> Tile:
-    """One good choice a kernel, the same for every number of tokens: the largest that `vwn_ref.kernels.aot` compiles
+    """One good choice a kernel, the same for every number of tokens, among those that `vwn_ref.kernels.aot` compiles
     without spilling registers. Which is fastest, `vwn_ref.kernels.bench` says where there is a GPU.
 
     As a rule one warp a program, so that no warp waits for another, and several tokens, so that one load of the
@@ -79,7 +79,7 @@ def tile(kernel: str, m: int, n: int, d: int, bits: int) -> Tile:
     if INTERPRETED:  # every operation of every program costs the same there: few programs, and more than one chunk
         tile = Tile(8 if n <= 8 else 4, 32, 1)
     elif kernel.startswith("weights"):
-        tile = Tile(1, 64 if m + n <= 64 else 32, 4)
+        tile = Tile(1, 64, 4 if m + n <= 64 else 8)
     else:
         name = kernel.removesuffix("_kernel")
         tile = _TILES[name if (name, bits) in _TILES else "forward", bits][_kind(n)]
@@ -119,7 +119,7 @@ def programs(device: torch.device, many: bool) -> int:
 def fuses_step_backward(n: int, bits: int) -> bool:
     """Whether a step's backward is one kernel. Else it is two, of width and of depth, and moves 2n more rows a token:
     for many slots, and for float32, one kernel would spill what it has to remember of both."""
-    return INTERPRETED or (n <= 16 and bits == 16)
+    return INTERPRETED or (n <= 8 and bits == 16)
 
 
 def sizes(kernel: str, m: int, n: int, d: int, dtype: torch.dtype) -> dict:
