@@ -263,7 +263,7 @@ def job_of(row: dict) -> Job:
 
 
 def faults(row: dict) -> str:
-    """What is wrong with a row, or "": an error, too much shared memory, or spills on `NO_SPILLS` beyond those known."""
+    """What is wrong with a row, or "": an error, too much shared memory, or more spills on `NO_SPILLS` than known."""
     if "error" in row:
         return row["error"].splitlines()[0]
     limit = TARGETS[row["target"]][1]
