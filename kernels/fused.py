@@ -99,12 +99,12 @@ _TILES = {
     ("last", 32): (Tile(4, 32, 1), Tile(2, 32, 1), Tile(1, 32, 1), Tile(1, 32, 4)),
     ("width_backward", 16): (Tile(2, 32, 1), Tile(1, 64, 1), Tile(1, 32, 1), Tile(1, 64, 4)),
     ("width_backward", 32): (Tile(2, 16, 1), Tile(2, 16, 1), Tile(1, 32, 1), Tile(1, 32, 4)),
-    ("depth_backward", 16): (Tile(2, 64, 1), Tile(2, 32, 1), Tile(2, 32, 2), Tile(1, 64, 8)),
+    ("depth_backward", 16): (Tile(1, 64, 1), Tile(2, 32, 1), Tile(2, 32, 2), Tile(1, 64, 8)),
     ("depth_backward", 32): (Tile(2, 32, 1), Tile(2, 64, 2), Tile(1, 16, 1), Tile(1, 32, 8)),
     ("step_backward", 16): (Tile(1, 32, 1), Tile(1, 32, 1), Tile(1, 32, 1), Tile(1, 32, 8)),
     ("step_backward", 32): (Tile(1, 32, 1), Tile(1, 32, 1), Tile(1, 32, 1), Tile(1, 32, 8)),
     ("last_backward", 16): (Tile(2, 128, 1), Tile(2, 32, 1), Tile(2, 32, 2), Tile(1, 64, 8)),
-    ("last_backward", 32): (Tile(4, 32, 1), Tile(2, 16, 1), Tile(1, 64, 1), Tile(1, 32, 8)),
+    ("last_backward", 32): (Tile(4, 32, 1), Tile(2, 16, 1), Tile(1, 16, 1), Tile(1, 32, 8)),
 }
 
 
