@@ -114,11 +114,11 @@ def test_what_counts_as_a_fault(change, fault):
 
 
 def test_the_kept_table_is_without_faults():
-    """Rows of code that has changed since may be among them: `make test-kernels` compiles those again."""
+    """It may hold a part of all, and rows of code that has changed since: `make test-kernels` compiles what is missing."""
     rows = json.loads(KEPT.read_text())["rows"]
     kept = {aot.job_of(row) for row in rows}
     assert kept <= set(aot.everything())
-    assert kept >= set(aot.matrix(widths=(1024, 4096), targets=("sm_90",)))
+    assert kept >= set(aot.matrix(shapes=((2, 3), (4, 8)), widths=(1024,), targets=("sm_90",)))
     assert [aot.line(row) for row in rows if aot.faults(row)] == []
 
 
