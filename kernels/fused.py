@@ -62,6 +62,7 @@ class Tile(NamedTuple):
     BT: int
     BD: int
     num_warps: int
+    num_stages: int = 3  # Triton's own: loads of the next two chunks are under way; 1 holds fewer registers
 
 
 def is_many(n: int) -> bool:
@@ -100,11 +101,11 @@ _TILES = {
     ("width_backward", 16): (Tile(2, 32, 1), Tile(1, 64, 1), Tile(1, 32, 1), Tile(1, 64, 4)),
     ("width_backward", 32): (Tile(2, 16, 1), Tile(2, 16, 1), Tile(1, 32, 1), Tile(1, 32, 4)),
     ("depth_backward", 16): (Tile(1, 64, 1), Tile(2, 32, 1), Tile(2, 32, 2), Tile(1, 64, 8)),
-    ("depth_backward", 32): (Tile(2, 32, 1), Tile(2, 64, 2), Tile(1, 16, 1), Tile(1, 32, 8)),
+    ("depth_backward", 32): (Tile(1, 32, 1), Tile(2, 16, 1), Tile(1, 16, 2), Tile(1, 16, 8)),
     ("step_backward", 16): (Tile(1, 32, 1), Tile(1, 32, 1), Tile(1, 32, 1), Tile(1, 32, 8)),
     ("step_backward", 32): (Tile(1, 32, 1), Tile(1, 32, 1), Tile(1, 32, 1), Tile(1, 32, 8)),
-    ("last_backward", 16): (Tile(2, 128, 1), Tile(2, 32, 1), Tile(2, 32, 2), Tile(1, 64, 8)),
-    ("last_backward", 32): (Tile(4, 32, 1), Tile(2, 16, 1), Tile(1, 16, 1), Tile(1, 32, 8)),
+    ("last_backward", 16): (Tile(2, 64, 1), Tile(2, 32, 1), Tile(2, 32, 2), Tile(1, 64, 8)),
+    ("last_backward", 32): (Tile(4, 32, 1), Tile(2, 16, 1), Tile(1, 16, 1), Tile(1, 32, 4, 1)),
 }
 
 
@@ -123,11 +124,12 @@ def fuses_step_backward(n: int, bits: int) -> bool:
 
 
 def sizes(kernel: str, m: int, n: int, d: int, dtype: torch.dtype) -> dict:
-    """The compile-time arguments that all kernels but `weights_kernel` have, and num_warps."""
-    BT, BD, num_warps = tile(kernel, m, n, d, 8 * dtype.itemsize)
+    """The compile-time arguments that all kernels but `weights_kernel` have, and num_warps and num_stages."""
+    BT, BD, num_warps, num_stages = tile(kernel, m, n, d, 8 * dtype.itemsize)
     many, MP, NP = is_many(n), next_power_of_2(m), next_power_of_2(n)
     return {
         "M": m, "N": n, "D": d, "BT": BT, "BD": BD, "MANY": many, "PREC": precision(dtype), "num_warps": num_warps,
+        "num_stages": num_stages,
         "MP": max(8, MP) if many else MP, "NP": max(8, NP) if many else NP,  # no fewer than 8 on a tensor core
     }  # fmt: skip
 
@@ -173,10 +175,16 @@ class Launch:
         """float32, for sums."""
         return torch.zeros(shape, dtype=torch.float32, device=self.device)
 
-    def partial(self, columns: int) -> Tensor:
-        """Room for the sums of each program: [P, 2, n, columns]."""
-        make = torch.empty if self.T and self.dynamic else torch.zeros
-        return make((max(self.programs, 1), 2, self.n, columns), dtype=torch.float32, device=self.device)
+    def partial(self, columns: int, kernel=None) -> Tensor:
+        """Room for the sums of each program: [P, 2, n, columns]; for more than 16 slots that `kernel`, with a depth in
+        it, adds to them, so they are zeros, and behind each program's lies its room for Â: see `vwn_ref.kernels.depth`.
+        """
+        more = 0
+        if kernel is not None and self.n > 16:
+            more = sizes(kernel.__name__, self.m, self.n, self.d, self.dtype)["BT"] * self.n * self.n
+        make = torch.empty if self.T and self.dynamic and not more else torch.zeros
+        whole = make(max(self.programs, 1), 2 * self.n * columns + more, dtype=torch.float32, device=self.device)
+        return whole[:, : 2 * self.n * columns].unflatten(1, (2, self.n, columns))
 
     def coefficient_gradients(self, columns: int) -> Tensor:
         """Room for rstd · ∂L/∂q: [T, n, columns]."""
@@ -309,7 +317,7 @@ def _depth_backward(H, z, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, eps, g):
     parameters = (A, B, W_alpha, W_beta, S_alpha, S_beta, gain)
     columns = launch.n + launch.m
     g_H, g_z = torch.empty_like(H), torch.empty_like(z)
-    E, sums = launch.coefficient_gradients(columns), launch.partial(columns)
+    E, sums = launch.coefficient_gradients(columns), launch.partial(columns, depth_backward_kernel)
     launch.start(
         depth_backward_kernel, H, z, g, g_H, g_z, E, sums, *parameters, launch.T, eps, count=launch.programs
     )  # fmt: skip
@@ -344,7 +352,7 @@ def _step_backward(
         return *_depth_backward(H, z, *parameters, eps, g), *of_width
     g_H, g_z = torch.empty_like(H), torch.empty_like(z)
     E, next_E = launch.coefficient_gradients(columns), launch.coefficient_gradients(m)
-    sums, next_sums = launch.partial(columns), launch.partial(m)
+    sums, next_sums = launch.partial(columns, step_backward_kernel), launch.partial(m)
     norm_sums = launch.zeros(len(sums), m * launch.d) if norm_gain is not None else sums
     launch.start(
         step_backward_kernel, H, z, out, g_out, g_x, g_H, g_z, E, next_E, sums, next_sums, norm_sums,

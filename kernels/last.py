@@ -63,7 +63,7 @@ def last_kernel(
     t = tokens(tl.program_id(0), BT)
     first = tl.zeros_like(t)
     group = same_group(M, N, NP)
-    carry, _, _, _, write, _, _, _, _ = write_matrices(
+    carry, write = write_matrices(
         H, t, T, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, eps, M, N, D, MP, NP, BT, BD, PREC, DYNAMIC
     )  # fmt: skip
     mean, rstd = statistics(
@@ -98,7 +98,7 @@ def last_backward_kernel(
     for block in range(program, tl.cdiv(T, BT), programs):
         t = tokens(block, BT)
         first = tl.zeros_like(t)
-        carry, _, _, _, write, _, _, _, _ = write_matrices(
+        carry, write = write_matrices(
             H, t, T, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, eps, M, N, D, MP, NP, BT, BD, PREC, DYNAMIC
         )  # fmt: skip
         mean, rstd = statistics(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from vwn_ref.kernels.depth import depth_backward_block, depth_block, store_depth_partial
+from vwn_ref.kernels.depth import depth_backward_block, depth_block, own_size, store_depth_partial
 from vwn_ref.kernels.tiles import store_partial, tokens
 from vwn_ref.kernels.width import width_backward_block, width_block
 
@@ -51,6 +51,7 @@ def step_backward_kernel(
     carry, carry_tanh = tl.zeros((NP, NP), tl.float32), tl.zeros((NP, NP), tl.float32)
     write, write_tanh = tl.zeros((NP, MP), tl.float32), tl.zeros((NP, MP), tl.float32)
     read, read_tanh = tl.zeros((NP, MP), tl.float32), tl.zeros((NP, MP), tl.float32)
+    own = partial + program * own_size(M, N, NP, BT)
     for block in range(program, tl.cdiv(T, BT), programs):
         t = tokens(block, BT)
         a, b = width_backward_block(
@@ -60,15 +61,11 @@ def step_backward_kernel(
         read += a
         read_tanh += b
         tl.debug_barrier()
-        a, b, c, d = depth_backward_block(
-            H, Z, G_H, G_H, G_Z, E, t, T, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, eps,
-            M, N, D, MP, NP, BT, BD, MANY, PREC, DYNAMIC,
+        carry, carry_tanh, write, write_tanh = depth_backward_block(
+            H, Z, G_H, G_H, G_Z, E, own, t, T, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, eps,
+            carry, carry_tanh, write, write_tanh, M, N, D, MP, NP, BT, BD, MANY, PREC, DYNAMIC,
         )  # fmt: skip
-        carry += a
-        carry_tanh += b
-        write += c
-        write_tanh += d
-    store_depth_partial(partial + program * (2 * N * (N + M)), carry, carry_tanh, write, write_tanh, M, N, DYNAMIC)
+    store_depth_partial(own, carry, carry_tanh, write, write_tanh, M, N, DYNAMIC)
     own = next_partial + program * (2 * N * M)
     store_partial(own, read, 0, N, M, M)
     if DYNAMIC:

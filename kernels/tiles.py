@@ -48,23 +48,24 @@ def tokens(block, BT: tl.constexpr):
 
 
 @triton.jit
-def row_offsets(t, c, R: tl.constexpr, D: tl.constexpr, RP: tl.constexpr):
-    """Of rows 0 … R − 1 of tokens `t`, columns `c`, in a contiguous [T, R, D]: [BT, RP, BD]."""
-    r = tl.arange(0, RP)
+def row_offsets(t, c, R: tl.constexpr, D: tl.constexpr, RP: tl.constexpr, first=0):
+    """Of rows `first` … of tokens `t`, columns `c`, in a contiguous [T, R, D]: [BT, RP, BD]."""
+    r = first + tl.arange(0, RP)
     return (t[:, None, None] * R + r[None, :, None]) * D + c[None, None, :]
 
 
 @triton.jit
-def row_mask(t, T, c, R: tl.constexpr, D: tl.constexpr, RP: tl.constexpr):
+def row_mask(t, T, c, R: tl.constexpr, D: tl.constexpr, RP: tl.constexpr, first=0):
     """Where `row_offsets` lie inside."""
-    r = tl.arange(0, RP)
+    r = first + tl.arange(0, RP)
     return (t[:, None, None] < T) & (r[None, :, None] < R) & (c[None, None, :] < D)
 
 
 @triton.jit
-def load_rows(pointer, t, T, c, R: tl.constexpr, D: tl.constexpr, RP: tl.constexpr):
-    """X [BT, RP, BD] of a contiguous [T, R, D], as float32."""
-    X = tl.load(pointer + row_offsets(t, c, R, D, RP), mask=row_mask(t, T, c, R, D, RP), other=0.0)
+def load_rows(pointer, t, T, c, R: tl.constexpr, D: tl.constexpr, RP: tl.constexpr, first=0):
+    """X [BT, RP, BD] of a contiguous [T, R, D], from row `first` on, as float32."""
+    offsets = row_offsets(t, c, R, D, RP, first)
+    X = tl.load(pointer + offsets, mask=row_mask(t, T, c, R, D, RP, first), other=0.0)
     return X.to(tl.float32)
 
 
@@ -87,7 +88,7 @@ def load_parameter(
 
 
 @triton.jit
-def load_V(W, gain, c, column, K: tl.constexpr, stride: tl.constexpr, D: tl.constexpr, KP: tl.constexpr):
+def load_V(W, gain, c, column, K, stride: tl.constexpr, D: tl.constexpr, KP: tl.constexpr):
     """V = gain ∘ W / τ of Eqs. (12)-(14), τ = √d_b: rows `c` and K columns of W from `column` on, [BD, KP]."""
     k = tl.arange(0, KP)[None, :]
     inside = (c[:, None] < D) & (k < K)
@@ -111,10 +112,37 @@ def store_matrix(pointer, C, t, T, column, K: tl.constexpr, R: tl.constexpr, str
 
 
 @triton.jit
+def load_matrix(
+    pointer, t, T, column, K, R: tl.constexpr, stride: tl.constexpr, RP: tl.constexpr, KP: tl.constexpr
+):  # fmt: skip
+    """C [BT, RP, KP], K of the columns from `column` on of a contiguous [T, R, stride]."""
+    r, k = tl.arange(0, RP)[None, :, None], tl.arange(0, KP)[None, None, :]
+    offsets = (t[:, None, None] * R + r) * stride + column + k
+    return tl.load(pointer + offsets, mask=(t[:, None, None] < T) & (r < R) & (k < K), other=0.0)
+
+
+@triton.jit
 def store_partial(pointer, X, column, R: tl.constexpr, K: tl.constexpr, stride: tl.constexpr):
     """X [RP, KP], a sum over this program's tokens, into columns `column` … of its own [R, stride]."""
     i, k = tl.arange(0, X.shape[0])[:, None], tl.arange(0, X.shape[1])[None, :]
     tl.store(pointer + i * stride + column + k, X, mask=(i < R) & (k < K))
+
+
+@triton.jit
+def accumulate(
+    total, X, pointer, column, R: tl.constexpr, K: tl.constexpr, stride: tl.constexpr, KEEP: tl.constexpr
+):  # fmt: skip
+    """total + Σ over tokens of X [BT, RP, KP]. Unless KEEP, that sum is added to memory, where `store_partial` would
+    put it in the end, and `total` comes back as it was: zeros, which take no registers."""
+    if KEEP:
+        return total + tl.sum(X, axis=0)
+    i, k = tl.arange(0, X.shape[1])[:, None], tl.arange(0, X.shape[2])[None, :]
+    place, inside = pointer + i * stride + column + k, (i < R) & (k < K)
+    before = tl.load(place, mask=inside, other=0.0)
+    tl.debug_barrier()  # as in `add_partial`
+    tl.store(place, before + tl.sum(X, axis=0), mask=inside)
+    tl.debug_barrier()
+    return total
 
 
 @triton.jit
@@ -133,6 +161,17 @@ def add_partial(pointer, X, c, R: tl.constexpr, D: tl.constexpr, RP: tl.constexp
 
 
 @triton.jit
+def per_token(X, Y, PREC: tl.constexpr):
+    """X[t] Y[t], on tensor cores: [BT, I, K]. One token is a flat product, a quarter fewer instructions at (8, 64)."""
+    if X.shape[0] == 1:
+        flat = tl.dot(
+            tl.reshape(X, (X.shape[1], X.shape[2])), tl.reshape(Y, (Y.shape[1], Y.shape[2])), input_precision=PREC
+        )
+        return tl.reshape(flat, (1, X.shape[1], Y.shape[2]))
+    return tl.dot(X, Y, input_precision=PREC)
+
+
+@triton.jit
 def project(X, V, PREC: tl.constexpr):
     """Σ_d X[t, r, d] V[d, k], one V for all: [BT, RP, KP]. A flat product of BT · RP rows."""
     BT: tl.constexpr = X.shape[0]
@@ -144,14 +183,14 @@ def project(X, V, PREC: tl.constexpr):
 @triton.jit
 def correlate(X, Y, PREC: tl.constexpr):
     """Σ_d X[t, i, d] Y[t, k, d]: [BT, IP, KP]."""
-    return tl.dot(X, tl.permute(Y, (0, 2, 1)), input_precision=PREC)
+    return per_token(X, tl.permute(Y, (0, 2, 1)), PREC)
 
 
 @triton.jit
 def mix(C, X, MANY: tl.constexpr, PREC: tl.constexpr):
     """Cᵀ X of each token, Σ_i C[t, i, k] X[t, i, d]: [BT, KP, BD]."""
     if MANY:
-        return tl.dot(tl.permute(C, (0, 2, 1)), X, input_precision=PREC)
+        return per_token(tl.permute(C, (0, 2, 1)), X, PREC)
     return tl.sum(C[:, :, :, None] * X[:, :, None, :], axis=1)
 
 

@@ -30,13 +30,13 @@ pytestmark = [
     pytest.mark.skipif(fused.INTERPRETED, reason="TRITON_INTERPRET is set: this is for the compiled kernels"),
 ]
 
-# Root-mean-square errors relative to the tensor, as everywhere; none of this has been measured yet.
-# bfloat16: a store rounds by at most 2⁻⁹, 1.1e-3 in the mean square; eight of them lie between the first input and the
-# last output or gradient, coefficients are rounded to 2⁻¹¹ on the tensor cores, and tanh' and the norms spread both:
-# √8 · 1.1e-3 = 3e-3, and as much again. The interpreter's 1.5e-2 (test_triton_values.py) is for sums of few tokens.
-# float32: tf32x3 leaves 2⁻²² of a product, float32 2⁻²⁴ of every addition, up to 10⁵ of them in a gradient. One factor
+# Root-mean-square errors relative to the tensor, as everywhere.
+# bfloat16: each store rounds by 1.1e-3 in the mean square, eight of them lie between the first input and the last
+# gradient, and tanh' and the norms spread what they leave. The interpreter gives up to 1.0e-2 for 40 to 400 tokens, for
+# gradients of single tokens as for those of parameters; here coefficients are rounded too, to 2⁻¹¹ (tf32).
+# float32: up to 4e-7 there, with exact products. tf32x3 leaves 2⁻²² of each, and sums have up to 10⁵ terms. A factor
 # rounded to plain tf32 by mistake would be 3e-4.
-TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 2e-5}
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 2e-5}
 SHAPES = [(2, 3), (4, 8), (8, 64)]
 
 outputs_full_of_nan = values.outputs_full_of_nan
@@ -126,11 +126,11 @@ CONFIG = {"vocab_size": 512, "dim": 256, "n_layers": 2, "n_heads": 4, "m": 4, "n
 
 def model(kernels: str, dtype: torch.dtype = torch.float32) -> VWNTransformer:
     torch.manual_seed(0)
-    made = VWNTransformer(VWNConfig(**CONFIG, kernels=kernels)).to("cuda", dtype)
+    made = VWNTransformer(VWNConfig(**CONFIG, kernels=kernels))
     for name, p in made.named_parameters():
         if name.startswith("connections") and "W_" in name:
             nn.init.normal_(p, std=0.5)  # zero at first: tanh would have nothing to do
-    return made
+    return made.to("cuda", dtype)  # now: float64 would draw other numbers
 
 
 def gradients(made: VWNTransformer, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
