@@ -119,7 +119,7 @@ def programs(device: torch.device, many: bool) -> int:
 
 def fuses_step_backward(n: int, bits: int) -> bool:
     """Whether a step's backward is one kernel. Else it is two, of width and of depth, and moves 2n more rows a token:
-    for many slots, and for float32, one kernel would spill what it has to remember of both."""
+    for many slots, and for float32, one kernel would spill, or walk along d_b in steps of 16."""
     return INTERPRETED or (n <= 8 and bits == 16)
 
 

@@ -20,13 +20,15 @@ FILES = ("tiles", "width", "depth", "step", "last", "weights")  # in the order i
 # name -> file, what is there, what is put in its place, and a tensor that must come out wrong (None: any)
 FAULTS = {
     "a missing mask": (
-        "tiles", "row_offsets(t, c, R, D, RP), mask=row_mask(t, T, c, R, D, RP)",
-        "row_offsets(t, c, R, D, RP), mask=row_mask(t, T, c, R, D + 1, RP)", None,
+        "tiles", "tl.load(pointer + offsets, mask=row_mask(t, T, c, R, D, RP, first)",
+        "tl.load(pointer + offsets, mask=row_mask(t, T, c, R, D + 1, RP, first)", None,
     ),
     "a swapped stride": (
         "depth", "load_parameter(B, 0, N, M, 1, N, NP, MP)", "load_parameter(B, 0, N, M, M, 1, NP, MP)", "out"
     ),
-    "a dropped partial sum of coefficients": ("step", "        carry += a\n", "        carry = a\n", "g_A0"),
+    "a dropped partial sum of coefficients": (
+        "tiles", "return total + tl.sum(X, axis=0)", "return tl.sum(X, axis=0)", "g_A0"
+    ),
     "a dropped partial sum of projections": ("weights", "total += tl.dot", "total = tl.dot", "g_W_alpha0"),
     "tanh left out of the backward": ("tiles", " * (1.0 - T * T)", "", "g_W_alpha0"),
     "the gradient of a norm's gain missing": (
@@ -38,13 +40,24 @@ FAULTS = {
     ),
     "the variance of slots for that of groups": ("last", "+ D * away * away", "", "out"),
 }  # fmt: skip
+# The same, where the kernels keep sums and matrices in memory
+FAULTS_OF_MANY = {
+    "a dropped partial sum in memory": (
+        "tiles", "before + tl.sum(X, axis=0), mask=inside)\n    tl.debug_barrier()\n    return",
+        "tl.sum(X, axis=0), mask=inside)\n    tl.debug_barrier()\n    return", "g_A0",
+    ),
+    "the slots' second piece lost": ("depth", "in tl.range(0, N, 16", "in tl.range(0, 16, 16", "g_H"),
+    "the first piece of the state taken twice": ("depth", "c, N, D, 16, k)", "c, N, D, 16, 0)", "g_H"),
+    "another token's matrix": ("depth", "load_matrix(parked, own_t,", "load_matrix(parked, own_t * 0,", "g_H"),
+}  # fmt: skip
 
 CASE = (2, 4, 20, (3,), torch.float32)  # 20 columns: a second chunk of BD = 16, and part of it is padding
+CASE_OF_MANY = (2, 18, 20, (3,), torch.float32)
 
 
 @pytest.fixture(scope="module")
 def wanted():
-    return values.two_sublayers(values.Reference, *CASE)
+    return {case: values.two_sublayers(values.Reference, *case) for case in (CASE, CASE_OF_MANY)}
 
 
 @pytest.fixture
@@ -58,7 +71,7 @@ def small_tiles(monkeypatch):
 
 def load_kernels(folder: Path, fault: str | None, monkeypatch) -> None:
     """Put the kernels of the changed sources in the place of those that `fused` launches."""
-    changed, old, new, _ = FAULTS[fault] if fault else (None, "", "", None)
+    changed, old, new, _ = (FAULTS | FAULTS_OF_MANY)[fault] if fault else (None, "", "", None)
     for name in FILES:
         source = Path(fused.__file__).with_name(f"{name}.py").read_text()
         if name == changed:
@@ -86,15 +99,16 @@ def errors(found, wanted) -> set[str]:
     return wrong
 
 
-def test_without_a_fault_nothing_is_wrong(tmp_path, monkeypatch, small_tiles, wanted):
+@pytest.mark.parametrize("case", [CASE, CASE_OF_MANY], ids=["few", "many"])
+def test_without_a_fault_nothing_is_wrong(tmp_path, monkeypatch, small_tiles, wanted, case):
     load_kernels(tmp_path, None, monkeypatch)
-    assert errors(values.two_sublayers(fused, *CASE), wanted) == set()
+    assert errors(values.two_sublayers(fused, *case), wanted[case]) == set()
 
 
 @pytest.mark.skipif(values.DEVICE == "cuda", reason="a missing mask reads what is not ours: in the interpreter only")
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", [*FAULTS, *FAULTS_OF_MANY])
 def test_a_planted_fault_is_found(tmp_path, monkeypatch, small_tiles, wanted, fault):
     load_kernels(tmp_path, fault, monkeypatch)
-    wrong = errors(values.two_sublayers(fused, *CASE), wanted)
-    must = FAULTS[fault][3]
+    case, must = (CASE, FAULTS[fault][3]) if fault in FAULTS else (CASE_OF_MANY, FAULTS_OF_MANY[fault][3])
+    wrong = errors(values.two_sublayers(fused, *case), wanted[case])
     assert wrong and (must is None or must in wrong), f"wrong were: {sorted(wrong)}"
