@@ -239,21 +239,21 @@ import torch
 from vwn_ref import VWNConfig, VWNTransformer
 torch.manual_seed(0)
 tokens = torch.randint(0, 50, (2, 9))
-for kernels in ("reference", "auto"):
-    for m, n, experts in [(None, None, 0), (2, 3, 0), (2, 4, 3)]:
-        cfg = VWNConfig(vocab_size=50, dim=16, n_layers=1, n_heads=2, m=m, n=n, mtp_layers=1, n_experts=experts,
-                        ngram_buckets=31, kernels=kernels)
-        model = VWNTransformer(cfg).double()
-        with torch.no_grad():
-            for p in model.parameters():
-                p.add_(0.3 * torch.randn_like(p))
-        eager = model.loss(tokens).total
-        weights = list(model.parameters())
-        gradients = torch.autograd.grad(eager, weights)
-        compiled = torch.compile(model.loss, fullgraph=True, backend=BACKEND)(tokens).total
-        torch.testing.assert_close(compiled, eager, rtol=1e-10, atol=1e-10)
-        for a, b in zip(torch.autograd.grad(compiled, weights), gradients):
-            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+cases = [("reference", None, None, 0), ("reference", 2, 3, 0), ("auto", 2, 3, 0), ("auto", 2, 4, 3)]
+for kernels, m, n, experts in cases:
+    cfg = VWNConfig(vocab_size=50, dim=16, n_layers=1, n_heads=2, m=m, n=n, mtp_layers=1, n_experts=experts,
+                    ngram_buckets=31, kernels=kernels)
+    model = VWNTransformer(cfg).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    eager = model.loss(tokens).total
+    weights = list(model.parameters())
+    gradients = torch.autograd.grad(eager, weights)
+    compiled = torch.compile(model.loss, fullgraph=True, backend=BACKEND)(tokens).total
+    torch.testing.assert_close(compiled, eager, rtol=1e-10, atol=1e-10)
+    for a, b in zip(torch.autograd.grad(compiled, weights), gradients):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
 print("compiled")
 """
 

@@ -409,17 +409,6 @@ def test_a_failing_run_and_a_locked_one(write, tmp_path, capsys):
     assert not (out / "locked-s0" / "config.json").exists()
 
 
-def test_two_sweeps_at_once(finished, launch, tmp_path):
-    file, whole = finished
-    out = tmp_path / "runs"
-    pair = [launch(file, "--out", out, "--shard", "1/4") for _ in range(2)]  # plain-s0
-    for process, said in pair:
-        process.join(300)
-        assert process.exitcode == 0 and "failed" not in said.read_text()
-    assert logs(out) == {"plain-s0": logs(whole)["plain-s0"]}
-    assert (out / "plain-s0" / "summary.json").exists()
-
-
 def test_ctrl_c(write, launch, tmp_path):
     """As a terminal sends it: to every process of the group."""
     file, out = write(("steps = 60", "steps = 5000")), tmp_path / "runs"
