@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vwn_ref.config import VWNConfig
 
 
-def rotate(x: Float[Tensor, "b h t d"], theta: float) -> Float[Tensor, "b h t d"]:
+def rotate(x: Float[Tensor, "*b t d"], theta: float) -> Float[Tensor, "*b t d"]:
     """Rotary positions: turn the pair (x_i, x_{i+d/2}) at position p by the angle p · θ^(−2i/d)."""
     t, d = x.shape[-2:]
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32  # 16-bit angles lose the position
@@ -41,8 +41,9 @@ class Attention(nn.Module):
         self.out = nn.Linear(cfg.dim, cfg.dim, bias=False)
 
     def forward(self, x: Float[Tensor, "b t D"]) -> Float[Tensor, "b t D"]:
-        q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.n_heads)
-        y = F.scaled_dot_product_attention(rotate(q, self.theta), rotate(k, self.theta), v, is_causal=True)
+        qkv = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.n_heads)
+        q, k = rotate(qkv[:2], self.theta)
+        y = F.scaled_dot_product_attention(q, k, qkv[2], is_causal=True)
         return self.out(rearrange(y, "b h t d -> b t (h d)"))
 
 
