@@ -41,7 +41,7 @@ help:
 	@echo "make check      the notebooks alone; NB=notebooks/02_*.ipynb for some of them"
 	@echo "make test-slow  tests left out of make test: build and install a wheel"
 	@echo "make test-kernels  compile every Triton kernel for every target, without a GPU; takes an hour or more, goes on"
-	@echo "make gpu        on a machine with a GPU: its tests, then the benchmark; writes figures/data/gpu"
+	@echo "make gpu        on a machine with a GPU: its tests, then the benchmark; writes figures/data/gpu and README's table"
 	@echo "make notebooks  execute the notebooks in place; NB=notebooks/02_*.ipynb for some of them"
 	@echo "make figures    redraw figures/*.png from the numbers in figures/data"
 	@echo "make bench      time the model on this CPU"
@@ -69,6 +69,7 @@ test-kernels: $(STAMP)
 gpu: $(STAMP)
 	$(PY) -m pytest tests/kernels/test_gpu.py -rs
 	$(PY) -m vwn_ref.kernels.bench $(ARGS)
+	$(PY) -m vwn_ref.kernels.report --readme README.md
 
 notebooks: $(STAMP)
 	$(PY) tests/notebooks/lessons.py execute $(NB)

@@ -1,0 +1,210 @@
+"""Tables of what `vwn_ref.kernels.bench` measured, in Markdown: `python -m vwn_ref.kernels.report`.
+
+Reads figures/data/gpu/<device>/{rates,ops,steps,memory}.json and computes nothing but ratios of what stands there.
+With --readme FILE it puts the tables between the two comment lines of that file that say so. What is not there is
+"not measured".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+FOLDER = Path(__file__).resolve().parents[1] / "figures" / "data" / "gpu"
+BEGIN, END = "<!-- gpu: begin, written by vwn_ref.kernels.report -->", "<!-- gpu: end -->"
+TOKENS = 16_384
+WIDTHS = (1024, 2048, 4096)
+SHAPES = {1.5: (2, 3), 2: (4, 8), 4: (4, 16), 8: (8, 64)}  # r -> (m, n)
+NOT_MEASURED = "not measured"
+
+Rows = dict[str, list[dict]]  # stage -> rows
+
+
+def load(folder: Path) -> Rows:
+    """The rows of each stage kept in the folder of one device. Raises ValueError for a dry run: it measures nothing."""
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.get("dry_run"):
+            raise ValueError(f"{path}: is of a dry run, must be of a GPU")
+        found[content["stage"]] = content["rows"]
+    return found
+
+
+def find(rows: Iterable[dict], **wanted) -> dict:
+    """The one row with these values; empty where there is none."""
+    return next((row for row in rows if all(row.get(key) == value for key, value in wanted.items())), {})
+
+
+def operation(rows: Rows, implementation: str, op: str, m: int, n: int, D: int, direction: str) -> dict:
+    """The row of an operation alone, for `TOKENS` tokens."""
+    wanted = {"implementation": implementation, "op": op, "m": m, "n": n, "D": D, "direction": direction}
+    return find(rows.get("ops", ()), tokens=TOKENS, **wanted)
+
+
+def both(rows: Rows, implementation: str, op: str, m: int, n: int, D: int) -> float | None:
+    """Microseconds of forward and backward together."""
+    times = [operation(rows, implementation, op, m, n, D, x).get("median_us") for x in ("forward", "backward")]
+    return None if None in times else sum(times)
+
+
+# ------------------------------------------------------------------------------------------------------- targets
+
+
+class Target(NamedTuple):
+    """`measured` gives what counts, the worst of all D where there are several; None if any of them is missing."""
+
+    what: str
+    limit: float
+    at_least: bool
+    measured: Callable[[Rows], float | None]
+    form: str
+
+    def line(self, rows: Rows) -> str:
+        value = self.measured(rows)
+        sign = "≥" if self.at_least else "≤"
+        said = NOT_MEASURED
+        if value is not None:
+            met = value >= self.limit if self.at_least else value <= self.limit
+            said = f"{self.form.format(value)}, {'met' if met else 'missed'}"
+        return f"| {self.what} | {sign} {self.form.format(self.limit)} | {said} |"
+
+
+def worst(values: Iterable[float | None], of: Callable) -> float | None:
+    values = list(values)
+    return None if None in values else of(values)
+
+
+def share(op: str, shape: tuple[int, int], direction: str) -> Callable[[Rows], float | None]:
+    """Least share of the copy bandwidth, over D."""
+    return lambda rows: worst(
+        (operation(rows, "fused", op, *shape, D, direction).get("share_of_copy") for D in WIDTHS), min
+    )
+
+
+def speedup(shape: tuple[int, int]) -> Callable[[Rows], float | None]:
+    """Least ratio of torch.compile's time to the fused kernel's, for a step, over D."""
+
+    def measured(rows: Rows) -> float | None:
+        pairs = [(both(rows, "compiled", "step", *shape, D), both(rows, "fused", "step", *shape, D)) for D in WIDTHS]
+        return worst((None if None in pair else pair[0] / pair[1] for pair in pairs), min)
+
+    return measured
+
+
+def training(r: float, D: int, key: str = "step_ratio", way: str = "fused") -> Callable[[Rows], float | None]:
+    """Of a whole training step, over the plain model's."""
+    m, n = SHAPES[r]
+    return lambda rows: find(rows.get("steps", ()), way=way, m=m, n=n, D=D).get(key)
+
+
+def recomputed_peak(r: float) -> Callable[[Rows], float | None]:
+    """Largest ratio of peak memory to the plain model's, with recomputation in both, over the D that were measured."""
+    m, n = SHAPES[r]
+
+    def measured(rows: Rows) -> float | None:
+        found = [x for x in rows.get("memory", ()) if (x.get("m"), x.get("n"), x.get("recompute")) == (m, n, True)]
+        return worst((x.get("peak_ratio") for x in found), max) if found else None
+
+    return measured
+
+
+def targets() -> list[Target]:
+    found = []
+    shares = [("depth", (2, 3), (0.85, 0.75)), ("depth", (4, 8), (0.85, 0.75)), ("step", (2, 3), (0.75, 0.60))]
+    shares += [("step", (4, 8), (0.75, 0.60)), ("step", (8, 64), (0.50, 0.40))]
+    for op, shape, limits in shares:
+        for direction, limit in zip(("forward", "backward"), limits, strict=True):
+            what = f"{op} {shape}, {direction}: share of copy bandwidth"
+            found.append(Target(what, limit, True, share(op, shape, direction), "{:.0%}"))
+    for shape, limit in (((2, 3), 2.0), ((8, 64), 4.0)):
+        what = f"step {shape}, forward and backward: times faster than `torch.compile`"
+        found.append(Target(what, limit, True, speedup(shape), "{:.2f}"))
+    for r, limit in ((1.5, 1.04), (2, 1.05), (4, 1.10), (8, 1.20)):
+        what = f"training step, r = {r}, D = 4096: time over the plain model's"
+        found.append(Target(what, limit, False, training(r, 4096), "{:.3f}"))
+    what = "peak memory with recomputation, r = 1.5: over the plain model's"
+    return [*found, Target(what, 1.10, False, recomputed_peak(1.5), "{:.3f}")]
+
+
+# -------------------------------------------------------------------------------------------------------- tables
+
+
+def number(value: float | None, form: str) -> str:
+    return "–" if value is None else form.format(value)
+
+
+def operations(rows: Rows) -> list[str]:
+    """µs and shares of the fused kernels; µs of the others, forward and backward together."""
+    lines = [
+        f"| {TOKENS:,} tokens | D | forward, µs | share | backward, µs | share | both | compiled | eager |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for m, n in ((1, 4), *SHAPES.values()):
+        for op in ("width", "depth", "step"):
+            for D in WIDTHS:
+                cells = []
+                for direction in ("forward", "backward"):
+                    row = operation(rows, "fused", op, m, n, D, direction)
+                    cells += [number(row.get("median_us"), "{:.0f}"), number(row.get("share_of_copy"), "{:.0%}")]
+                ways = ("fused", "compiled", "reference")
+                cells += [number(both(rows, way, op, m, n, D), "{:.0f}") for way in ways]
+                lines.append(f"| {op} ({m}, {n}) | {D} | {' | '.join(cells)} |")
+    return lines
+
+
+def training_steps(rows: Rows) -> list[str]:
+    """Ratios to the plain model."""
+    lines = [
+        "| D | r | time: fused | predicted | compiled | reference | FLOPs | peak memory: fused |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for D in WIDTHS:
+        for r in SHAPES:
+            keys = (("step_ratio", "fused"), ("predicted_step_ratio", "fused"), ("step_ratio", "compiled"))
+            keys += (("step_ratio", "reference"), ("flops_ratio", "fused"), ("peak_ratio", "fused"))
+            cells = [number(training(r, D, key, way)(rows), "{:.3f}") for key, way in keys]
+            lines.append(f"| {D} | {r} | {' | '.join(cells)} |")
+    return lines
+
+
+def markdown(folder: Path) -> str:
+    """The tables of every device that was measured; without one, the targets and that nothing was."""
+    head = ["| target (H100 or H200, bfloat16) | | |", "|---|---|---|"]
+    parts = []
+    for device in sorted(p for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []:
+        rows = load(device)
+        lines = [f"**{device.name}**", "", *head, *(target.line(rows) for target in targets())]
+        parts.append("\n".join([*lines, "", *operations(rows), "", *training_steps(rows)]))
+    if not parts:
+        lines = ["**Not measured: no GPU was at hand.**", "", "<details><summary>What is to be measured</summary>", ""]
+        parts = ["\n".join([*lines, *head, *(target.line({}) for target in targets()), "", "</details>"])]
+    return "\n\n".join(parts)
+
+
+def into(text: str, table: str) -> str:
+    """`text` with `table` between the two lines. Raises ValueError unless they are there, once and in this order."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"the file must have the lines {BEGIN} and {END}, once and in this order")
+    return text[: text.index(BEGIN) + len(BEGIN)] + f"\n{table}\n" + text[text.index(END) :]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m vwn_ref.kernels.report", description=__doc__)
+    parser.add_argument("--data", type=Path, default=FOLDER, help="default: figures/data/gpu of this repository")
+    parser.add_argument("--readme", type=Path, help="a file with the two lines; default: print")
+    asked = parser.parse_args()
+    table = markdown(asked.data)
+    if asked.readme is None:
+        print(table)
+        return
+    from vwn_ref.experiments.storage import write_text
+
+    write_text(asked.readme, into(asked.readme.read_text(encoding="utf-8"), table))
+
+
+if __name__ == "__main__":
+    main()

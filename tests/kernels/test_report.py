@@ -1,0 +1,87 @@
+"""The tables of measurements: from made-up rows, and in README.md from the kept ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from vwn_ref.kernels import report
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+
+
+def op(implementation, op, shape, D, direction, us, share=None, tokens=16_384):
+    row = {"implementation": implementation, "op": op, "m": shape[0], "n": shape[1], "D": D, "direction": direction}
+    return row | {"tokens": tokens, "median_us": us, "share_of_copy": share}
+
+
+@pytest.fixture
+def device(tmp_path):
+    """A folder of measurements: depth (2, 3) at three D, step (2, 3) fused and compiled, one training step."""
+    ops = [op("fused", "depth", (2, 3), D, "forward", 10.0, s) for D, s in ((1024, 0.9), (2048, 0.88), (4096, 0.86))]
+    ops += [op("fused", "depth", (2, 3), D, "backward", 20.0, s) for D, s in ((1024, 0.8), (2048, 0.7), (4096, 0.9))]
+    ops += [
+        op("fused", "depth", (4, 8), 1024, "forward", 5.0, 0.9),
+        op("fused", "depth", (4, 8), 2048, "forward", None),
+    ]
+    for D, us in ((1024, 30.0), (2048, 50.0), (4096, 90.0)):
+        ops += [op("fused", "step", (2, 3), D, x, us) for x in ("forward", "backward")]
+        ops += [op("compiled", "step", (2, 3), D, x, 2.5 * us) for x in ("forward", "backward")]
+        ops += [op("fused", "step", (2, 3), D, "forward", 1.0, tokens=8_192)]  # of another length: not meant
+    steps = [{"way": "fused", "m": 2, "n": 3, "D": 4096, "step_ratio": 1.0312, "flops_ratio": 1.01, "peak_ratio": 1.2}]
+    memory = [{"m": 2, "n": 3, "recompute": True, "peak_ratio": x} for x in (1.05, 1.12)]
+    memory += [{"m": 2, "n": 3, "recompute": False, "peak_ratio": 1.9}]
+    folder = tmp_path / "gpu" / "some-gpu"
+    folder.mkdir(parents=True)
+    for stage, rows in {"ops": ops, "steps": steps, "memory": memory}.items():
+        (folder / f"{stage}.json").write_text(json.dumps({"stage": stage, "dry_run": False, "rows": rows}))
+    (tmp_path / "gpu" / "aot.json").write_text("{}")  # lies there too, and is no device
+    return folder
+
+
+def test_targets_met_missed_and_not_measured(device):
+    lines = report.markdown(device.parent).splitlines()
+    assert lines[0] == "**some-gpu**"
+    said = {
+        line.split(" | ")[0][2:]: line.split(" | ")[2][:-2]
+        for line in lines
+        if line.endswith(("met |", "missed |", "measured |"))
+    }
+    assert said["depth (2, 3), forward: share of copy bandwidth"] == "86%, met"  # the worst D counts
+    assert said["depth (2, 3), backward: share of copy bandwidth"] == "70%, missed"
+    assert said["depth (4, 8), forward: share of copy bandwidth"] == "not measured"  # at one D only
+    assert said["step (2, 3), forward and backward: times faster than `torch.compile`"] == "2.50, met"
+    assert said["training step, r = 1.5, D = 4096: time over the plain model's"] == "1.031, met"
+    assert said["training step, r = 8, D = 4096: time over the plain model's"] == "not measured"
+    assert said["peak memory with recomputation, r = 1.5: over the plain model's"] == "1.120, missed"
+    assert "| depth (2, 3) | 2048 | 10 | 88% | 20 | 70% | 30 | – | – |" in lines
+    assert "| step (2, 3) | 1024 | 30 | – | 30 | – | 60 | 150 | – |" in lines
+    assert "| 4096 | 1.5 | 1.031 | – | – | – | 1.010 | 1.200 |" in lines
+
+
+def test_without_measurements_nothing_is_claimed(tmp_path):
+    (tmp_path / "aot.json").write_text("{}")
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        lines = report.markdown(folder).splitlines()
+        assert lines[0] == "**Not measured: no GPU was at hand.**"
+        assert sum(x.endswith("| not measured |") for x in lines) == len(report.targets()) == len(lines) - 8
+
+
+def test_a_dry_run_is_refused(device):
+    (device / "rates.json").write_text(json.dumps({"stage": "rates", "dry_run": True, "rows": []}))
+    with pytest.raises(ValueError, match=r"rates\.json: is of a dry run, must be of a GPU"):
+        report.markdown(device.parent)
+
+
+def test_into():
+    text = f"a\n{report.BEGIN}\nold\n{report.END}\nb\n"
+    assert report.into(text, "new") == f"a\n{report.BEGIN}\nnew\n{report.END}\nb\n"
+    for bad in ("a", f"{report.END}\n{report.BEGIN}", text + text):
+        with pytest.raises(ValueError, match="must have the lines"):
+            report.into(bad, "new")
+
+
+def test_readme_says_what_the_kept_data_say():
+    text = README.read_text(encoding="utf-8")
+    assert report.into(text, report.markdown(report.FOLDER)) == text
