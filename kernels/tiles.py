@@ -19,7 +19,8 @@ Of the short ones, `mix`, `unmix` and `spread` have two forms, chosen by n (`MAN
                  backward pass their gradients too: for (4, 8) 192 of the 255 registers there are, and it spilled.
 
 PREC is how `tl.dot` treats float32: "tf32" (11 significant bits) where states have 16 bits, whose 8 or 11 bits it holds
-without loss, so that only coefficients are rounded, to 2⁻¹¹; "ieee" (all 24 bits) for float32 states.
+without loss, so that only coefficients are rounded, to 2⁻¹¹; for float32 states "tf32x3" (three products, some 22
+bits), and "ieee" (all 24) where there is no such thing, on AMD GPUs and in the interpreter.
 """
 
 from __future__ import annotations

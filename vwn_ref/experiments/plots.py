@@ -17,7 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-from vwn_ref.experiments.compare import load_runs
+from vwn_ref.experiments import paper, scaling
+from vwn_ref.experiments.compare import KeptRun, interval, load_runs
 from vwn_ref.experiments.storage import write_whole
 
 # Okabe and Ito's palette: told apart with any kind of colour vision. Black is kept for the plain model.
@@ -230,6 +231,121 @@ def overview(data: Path) -> Figure:
     return fig
 
 
+def r_families(runs: dict[str, list[KeptRun]]) -> dict[str, list[list[KeptRun]]]:
+    """Variants of a sweep over r in the order of r: those with a wide table, Eq. (2), and those with a low-rank one,
+    Eq. (3). r = 1 needs no wider table, so it begins both."""
+    found: dict[str, list[list[KeptRun]]] = {"wide table (2)": [], "low-rank table (3)": []}
+    for variant in runs.values():
+        model = variant[0].config["model"]
+        if model["m"] is not None:
+            lowrank = model["embed_rank"] is not None
+            for name in found if model["n"] == model["m"] else list(found)[lowrank : lowrank + 1]:
+                found[name].append(variant)
+    return {name: sorted(variants, key=lambda one: scaling.r_of(one[0])) for name, variants in found.items()}
+
+
+def signed(value: float, digits: int = 3) -> str:
+    """A number with a minus sign that is as wide as a plus."""
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def loss_against_r(
+    ax: Axes, runs: dict[str, list[KeptRun]], name: str = "val_next", *, reference: tuple[str, float] | None = None
+) -> None:
+    """Draw the final loss `name` of a sweep against log2 r, a line for each of `r_families`, and the variant "plain".
+
+    Small marks are seeds, large ones their means. A bar is the 95 % interval of the difference to the plain model with
+    the same seed, around the mean. The line is `fit_log2` of the integer r; the wedge turns its slope by the 95 %
+    interval over the seeds. Hollow marks have an r that is no integer: no GroupNorm before W_reduce, not in the fit. A
+    line's numbers are from the seeds that plain and all its variants have; the shared r = 1 is drawn with those of the
+    first line. The axis spans the seeds, and cuts longer bars.
+
+    reference: label and slope of a line to compare with; it starts on the first fit at r = 2.
+    """
+    low, high = [], []  # of what the axis has to hold
+    for k, (family, variants) in enumerate(r_families(runs).items()):
+        if len(variants) < 2:
+            continue
+        seeds, losses = scaling.losses_of([runs["plain"], *variants], name)
+        plain, losses = losses[:, 0], losses[:, 1:]
+        x = np.log2([scaling.r_of(one[0]) for one in variants])
+        whole = x == np.round(x)
+        for i in range(losses.shape[1]):
+            shared = x[i] == 0
+            if shared and k:
+                continue
+            aside = (-1, 1)[k]
+            place = x[i] + (0 if shared else 0.045 * aside)
+            look = {"color": "0.4" if shared else COLOURS[k], "marker": "D" if shared else MARKERS[k]}
+            fill = {} if whole[i] else {"markerfacecolor": "white"}
+            half = interval(list(losses[:, i] - plain)).half_width
+            ax.plot([place + 0.075 * aside] * len(seeds), losses[:, i], linestyle="", ms=3.5, alpha=0.5, **look, **fill)
+            drawn = {"yerr": None if np.isnan(half) else half, "capsize": 3, "elinewidth": 1.2, "zorder": 4}
+            ax.errorbar(place, losses[:, i].mean(), markersize=7, **drawn, **look, **fill)
+        fit = scaling.fit_log2(2 ** x[whole], losses[:, whole])
+        half, ends = fit.over_seeds.half_width, np.array([x[whole].min(), x[whole].max()])
+        label = f"{family}: {signed(fit.slope)} " + ("" if np.isnan(half) else f"± {half:.3f} ")
+        line = fit.intercept + fit.slope * ends
+        ax.plot(ends, line, color=COLOURS[k], linewidth=1.8, label=f"{label}({len(seeds)} seed{'s'[: len(seeds) - 1]})")
+        if not np.isnan(half):
+            turn = half * abs(np.linspace(*ends) - x[whole].mean())
+            middle = fit.intercept + fit.slope * np.linspace(*ends)
+            ax.fill_between(np.linspace(*ends), middle - turn, middle + turn, color=COLOURS[k], alpha=0.13, lw=0)
+        low, high = [*low, losses.min(), line.min()], [*high, losses.max(), line.max(), plain.max()]
+        if k == 0:
+            ax.axhspan(plain.min(), plain.max(), color=PLAIN, alpha=0.1, linewidth=0)
+            ax.axhline(plain.mean(), color=PLAIN, linewidth=1.2)
+            if reference is not None and ends[1] > 1:
+                text, slope = reference
+                start = fit.at(2)
+                to = start + slope * (ends[1] - 1)
+                ax.plot([1, ends[1]], [start, to], color="0.35", linestyle=(0, (1.5, 1.5)), label=text)
+    span = max(high) - min(low)
+    ax.set(ylim=(min(low) - 0.27 * span, max(high) + 0.05 * span))  # the legend stands below
+    ax.set_xlabel("virtual width r, log scale")
+    ticks = sorted({scaling.r_of(one[0]) for one in runs.values()})
+    ax.set_xticks(np.log2(ticks), [f"{r:g}" for r in ticks])
+    handles, labels = ax.get_legend_handles_labels()
+    last = sorted(range(len(labels)), key=lambda i: reference is not None and labels[i] == reference[0])
+    look = {"title": "slope per doubling of r", "title_fontsize": 8.5, "alignment": "left", "fontsize": 8.5}
+    look |= {"frameon": True, "framealpha": 0.85, "edgecolor": "none"}  # over bars that are cut
+    ax.legend([handles[i] for i in last], [labels[i] for i in last], loc="lower left", **look)
+
+
+def r_sweep(data: Path) -> Figure:
+    """Loss against the virtual width, study A (`data`/a, see figures/README.md), beside the slopes of the paper."""
+    runs = load_runs(data / "a")
+    next2 = scaling.fit_log2(list(paper.TABLE_1["next2"]), [-gain.value for gain in paper.TABLE_1["next2"].values()])
+    panels = {
+        "val_next": ("next token", ("the paper's, its Fig. 8", paper.FIG_8_SLOPE.value)),
+        "val_next2": ("next token but one (MTP head)", ("the paper's, fitted to its Table 1", next2.slope)),
+    }
+    fig, axes = plt.subplots(1, 2, figsize=(9.5, 5.0))
+    for ax, (name, (title, (label, slope))) in zip(axes, panels.items(), strict=True):
+        loss_against_r(ax, runs, name, reference=(f"{label}: {signed(slope, 4)}", slope))
+        ax.set_title(title)
+    axes[0].set_ylabel("validation loss (nats a token)")
+    config, tokens = runs["plain"][0].config, runs["plain"][0].summary["tokens"]
+    fig.suptitle(
+        f"Loss against virtual width at the same backbone: D = {config['model']['dim']}, "
+        f"{config['model']['n_layers']} blocks, {tokens / 1e6:.1f}M tokens",
+        fontsize=11,
+    )
+    dot = partial(mpl.lines.Line2D, [], [], linestyle="", color="0.4")
+    stroke = mpl.collections.LineCollection([], colors="0.4", linewidths=1.2)
+    bar = mpl.container.ErrorbarContainer((dot(marker="o", ms=6), (), (stroke,)), has_yerr=True)
+    handles = {
+        "plain, and the range of its seeds": (mpl.patches.Patch(fc="0.9"), mpl.lines.Line2D([], [], color=PLAIN)),
+        "r = 1: routing without width, on both lines": dot(marker="D", ms=5),
+        "r = 1.5: no GroupNorm, not in the fit": dot(marker="o", markerfacecolor="white"),
+        "one seed": dot(marker="o", ms=3.5, alpha=0.5),
+        "mean; bar: 95 % of its difference to plain": bar,
+        "95 % of the slope, over seeds": mpl.patches.Patch(fc=COLOURS[0], alpha=0.2),
+    }
+    fig.legend(handles.values(), handles, loc="outside lower center", ncols=3, fontsize=8.5)
+    return fig
+
+
 def main() -> None:
     """Redraw every figure of this repository; run from its top folder."""
     figures = Path("figures")
@@ -237,7 +353,7 @@ def main() -> None:
         sys.exit("error: no folder figures/data here: run this in the top folder of the repository")
     mpl.use("Agg")
     style()
-    for draw in (overview,):
+    for draw in (overview, r_sweep):
         path = figures / f"{draw.__name__}.png"
         picture = draw(figures / "data")
         # without Matplotlib's version in it the same numbers give the same file
