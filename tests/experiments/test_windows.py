@@ -1,0 +1,91 @@
+"""What is measured of trained models' depth: against matrices whose window is known, and from run folders."""
+
+import json
+import math
+import shutil
+import sys
+
+import pytest
+import torch
+
+from vwn_ref.depth import hard_window, residual_window, trace
+from vwn_ref.experiments import windows
+from vwn_ref.experiments.train import train
+
+
+class Fixed:
+    """A connection with the same (A, B) for every token."""
+
+    def __init__(self, A, B):
+        self.A, self.B = A, B
+
+    def matrices(self, H):
+        return self.A.expand(*H.shape[:-2], *self.A.shape), self.B.expand(*H.shape[:-2], *self.B.shape)
+
+    def width(self, H):
+        m = self.B.shape[0]
+        return (self.A[:, :m].mT @ H).flatten(-2), self.A[:, m:].mT @ H
+
+    def depth(self, z, carried):
+        return self.B.mT @ z.unflatten(-1, (self.B.shape[0], -1)) + carried
+
+
+def measured(A, B, L=6):
+    H = torch.randn(2, 3, A.shape[0], 5)
+    return windows.measure(trace([Fixed(A, B)] * L, [torch.tanh] * L, H))
+
+
+@pytest.mark.parametrize("held", [1, 2, 3])
+def test_hard_windows(held):
+    """m = 2, n = 2 · held, read whole: layer l sees the last `held` layers and nothing older."""
+    m, n = 2, 2 * held
+    found = measured(*hard_window(m, n, read=torch.eye(m).repeat(held, 1)))
+    for name, fractions in found["back"].items():
+        for back in fractions.values():
+            if name == "strength":  # every map is 1 or 0
+                assert back == [min(layer, held) for layer in range(6)]
+            assert all(b <= held for b in back)
+    table = torch.tensor(found["strength"])
+    for back in range(6):  # column s is layer s; layer back + 1 reads s = back - held + 1 … back
+        seen = [1.0 if back - held < s <= back else 0.0 for s in range(1, 6)]
+        assert table[back, 1:].tolist() == pytest.approx(seen)
+    assert found["radius"] == [[0.0, 0.0, 0.0]] * 6 and found["state"][-1] == 0.0
+    assert torch.tensor(found["share"]).sum(1).tolist() == pytest.approx([1.0] * 6, abs=1e-5)
+
+
+def test_residual_and_growing_states():
+    found = measured(*residual_window())
+    assert found["back"]["strength"]["0.5"] == [0, 1, 2, 3, 4, 5] and found["state"] == [1.0] * 6
+    A, B = residual_window()
+    found = measured(A * torch.tensor([1.0, 2.0]), B)
+    assert found["radius"] == [[2.0] * 3] * 6 and found["state"] == [2.0**k for k in range(1, 7)]
+    found = measured(A * torch.tensor([1.0, 0.3]), B)  # 0.3^k ≥ 1/10 for k ≤ 1, ≥ 1/2 for k = 0
+    assert found["back"]["strength"] == {"0.1": [0, 1, 2, 2, 2, 2], "0.5": [0, 1, 1, 1, 1, 1]}
+
+
+def test_run_folders(tiny, tmp_path, monkeypatch, capsys):
+    for seed in (0, 1):
+        train(tiny(seed=seed, out=str(tmp_path / f"r2-s{seed}")))
+    shutil.copytree(tmp_path / "r2-s1", tmp_path / "gone-s0")
+    (tmp_path / "gone-s0" / "weights.safetensors").unlink()
+
+    def command(*options):
+        monkeypatch.setattr(sys, "argv", ["windows", str(tmp_path), *options])
+        windows.main()
+        return capsys.readouterr()
+
+    first = command("--tokens", "100")
+    assert first.err.splitlines()[-1] == "2 runs measured, 1 have no weights"
+    found = windows.load(tmp_path)
+    assert set(found) == {"r2"} and len(found["r2"]) == 2 and found["r2"][0]["tokens"] == 112  # 7 windows of 16
+    radii = [sum(x[1] for x in row["radius"]) / len(row["radius"]) for row in found["r2"]]
+    assert all(math.isfinite(x) for row in found["r2"] for x in row["state"])
+    assert "| r2 | 2 | " in first.out and f"| {sum(radii) / 2:.2f} ± " in first.out
+    before = (tmp_path / "r2-s0" / windows.FILE).stat().st_mtime_ns
+    assert command().err.endswith("0 runs measured, 1 have no weights\n")
+    assert (tmp_path / "r2-s0" / windows.FILE).stat().st_mtime_ns == before
+    assert command("--table").out == first.out
+    command("--again", "--tokens", "50")
+    assert json.loads((tmp_path / "r2-s0" / windows.FILE).read_text())["tokens"] == 64
+    with pytest.raises(SystemExit, match="tokens = 0: must be ≥ 1"):
+        command("--tokens", "0")

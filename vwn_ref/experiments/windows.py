@@ -1,0 +1,146 @@
+"""How far back the layers of trained models look: `python -m vwn_ref.experiments.windows FOLDER`.
+
+Study F. §4 of arXiv 2511.11238 reads VWN as attention over depth: m decides how many layers the state can hold, and a
+spectral radius of Â below 1 makes them fade. Here both are measured, on validation text, of every finished run below
+FOLDER that has its weights; the result lies beside them in `windows.json`. Means over tokens, layers l = 1 … L being
+sublayers, column s of a table what comes from layer s (0: the embedding):
+
+    strength             size of the map from layer s to layer l, `vwn_ref.depth.strength`
+    share                what layer s adds to what layer l reads, as a part of it, `vwn_ref.depth.contributions`
+    back                 layers back that layer l looks, `vwn_ref.depth.effective_window`, token by token: by strength
+                         or by size of what is added, down to a tenth or a half of the largest
+    radius               spectral radius of Â of each layer: 5 %, 50 % and 95 % of the tokens
+    state                what Â leaves: ‖map from H′⁰ to H′ˡ‖₂, the largest growth of any direction; median token
+
+With --table, the numbers of layer L by variant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from jaxtyping import Float
+from torch import Tensor
+
+from vwn_ref.depth import (
+    Recording,
+    carry,
+    contributions,
+    depth_maps,
+    effective_window,
+    record,
+    spectral_radius,
+    split,
+    strength,
+)
+from vwn_ref.experiments.compare import interval, load_runs
+from vwn_ref.experiments.data import load_corpus
+from vwn_ref.experiments.storage import write_text
+from vwn_ref.experiments.train import load_run, val_starts, windows
+
+FILE = "windows.json"
+FRACTIONS = (0.1, 0.5)
+
+
+def mean(table: Float[Tensor, L * rest], over: int) -> list:
+    """Mean over the last `over` dimensions, as nested lists."""
+    return table.double().flatten(-over).mean(-1).tolist()
+
+
+def measure(recording: Recording) -> dict:
+    """What the module's text lists, of one forward pass over tokens [b, t]."""
+    size, added = strength(depth_maps(recording.A, recording.B)), contributions(recording)
+    radius = torch.stack([spectral_radius(split(A)[1]).flatten() for A in recording.A]).double()
+    quantiles = torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)
+    products = [carry(recording.A, layer + 1, 0) for layer in range(len(recording.A))]
+    return {
+        "strength": mean(size, 2),
+        "share": mean(contributions(recording, share=True), 2),
+        "back": {
+            name: {str(fraction): mean(effective_window(table, fraction), 2) for fraction in FRACTIONS}
+            for name, table in (("strength", size), ("contributions", added))
+        },
+        "radius": radius.quantile(quantiles, dim=1).T.tolist(),
+        "state": [torch.linalg.matrix_norm(product, ord=2).median().item() for product in products],
+    }
+
+
+def measure_run(folder: Path, tokens: int) -> dict:
+    """`measure` of a run, on at least `tokens` tokens of its validation text, spread over all of it."""
+    model, _, config = load_run(folder)
+    text = load_corpus(config.data).val
+    starts = val_starts(text, dataclasses.replace(config, val_tokens=tokens))
+    with torch.no_grad():
+        found = measure(record(model, torch.from_numpy(windows(text, starts, config.seq_len))[:, :-1]))
+    return {"tokens": len(starts) * config.seq_len, "m": config.model.m, "n": config.model.n, **found}
+
+
+def load(folder: str | Path) -> dict[str, list[dict]]:
+    """variant -> the windows.json of its seeds, those that have one."""
+    found = {}
+    for variant, runs in load_runs(folder).items():
+        paths = [Path(folder) / f"{run.name}-s{run.seed}" / FILE for run in runs]
+        rows = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+        if rows:
+            found[variant] = rows
+    return found
+
+
+def table(folder: str | Path) -> str:
+    """Markdown: how far back the last layer looks, and the radii; means over seeds with 95 % intervals."""
+    lines = [
+        "| model | seeds | layers back, by map, to 1/10 | to 1/2 | by what is added, to 1/10 | to 1/2 "
+        "| radius of Â, mean of layers | ‖H′⁰ → H′ᴸ‖ |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for variant, rows in load(folder).items():
+        columns = [[r["back"][k][str(f)][-1] for r in rows] for k in ("strength", "contributions") for f in FRACTIONS]
+        columns += [[statistics.fmean(x[1] for x in r["radius"]) for r in rows], [r["state"][-1] for r in rows]]
+        cells = []
+        for values in columns:
+            estimate = interval(values)
+            width = "" if len(values) < 2 else f" ± {estimate.half_width:.2f}"
+            cells.append(f"{estimate.mean:.2f}{width}")
+        lines.append(f"| {variant} | {len(rows)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class WindowsConfig:
+    """Of which runs."""
+
+    folder: tyro.conf.Positional[str]
+    """Folder of runs named <variant>-s<seed>, with their weights."""
+    tokens: int = 4096
+    """Tokens of validation text."""
+    again: bool = False
+    """Also of runs that have been measured."""
+    table: bool = False
+    """Measure nothing: print what has been measured."""
+
+
+def main() -> None:
+    """Measure what is missing, or print the table."""
+    config = tyro.cli(WindowsConfig, prog="python -m vwn_ref.experiments.windows", description=__doc__)
+    if config.tokens < 1:
+        sys.exit(f"error: tokens = {config.tokens}: must be ≥ 1")
+    if not config.table:
+        folders = [path.parent for path in sorted(Path(config.folder).glob("*/summary.json"))]
+        missing = [f for f in folders if not (f / "weights.safetensors").exists()]
+        todo = [f for f in folders if f not in missing and (config.again or not (f / FILE).exists())]
+        for folder in todo:
+            write_text(folder / FILE, json.dumps(measure_run(folder, config.tokens)) + "\n")
+            print(f"{folder.name}: measured", file=sys.stderr)
+        print(f"{len(todo)} runs measured, {len(missing)} have no weights", file=sys.stderr)
+    print(table(config.folder))
+
+
+if __name__ == "__main__":
+    main()
