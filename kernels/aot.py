@@ -227,9 +227,9 @@ def instructions(sass: str, chunks: int, kernel: str, pieces: int = 1) -> int:
         if jump and int(jump[1], 16) < address:  # a jump to itself, behind the end, is no loop
             loops.append((order[int(jump[1], 16)], order[address]))
     first, last = 0, len(places) - 1
-    if kernel == "weights" or kernel.endswith("backward"):
-        first, last = min(a for a, _ in loops), max(b for _, b in loops)
-        loops.remove((first, last))
+    if loops and (kernel == "weights" or kernel.endswith("backward")):
+        first, last = max(loops, key=lambda loop: loop[1] - loop[0])
+        loops = [(a, b) for a, b in loops if first <= a and b <= last and (a, b) != (first, last)]
     total = last - first + 1
     for a, b in loops:
         inside = any(c <= a and b <= d for c, d in loops if (c, d) != (a, b))
