@@ -1,7 +1,7 @@
 """Compare kept runs, seed by seed: `python -m vwn_ref.experiments.compare figures/data/first_training`.
 
-Runs are paired: with one seed two models have the same backbone weights, batches and validation windows. The interval of
-their difference is Student's t over the seeds. How much steadier it is than the losses, lesson 07 measures: along a
+Runs are paired: with one seed two models have the same backbone weights, batches and validation windows. The interval
+of their difference is Student's t over the seeds. How much steadier it is than the losses, lesson 07 measures: along a
 curve much, at its end hardly.
 """
 
