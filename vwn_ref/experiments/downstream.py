@@ -111,7 +111,7 @@ class Settings:
     """Held-out text: files, folders or patterns as in data.files. Empty: the Python sources of `package`."""
     package: str = PACKAGE
     """An installed package whose sources are the held-out text."""
-    max_bytes: int = 600_000
+    max_bytes: int = 500_000
     """Stop before the document that would bring the text over this many bytes of UTF-8."""
     copies: int = 1000
     """Items of the copying task."""
