@@ -99,15 +99,16 @@ def _kind(n: int) -> int:
 _TILES = {
     ("forward", 16): (Tile(4, 64, 1), Tile(2, 64, 1), Tile(1, 64, 1), Tile(1, 64, 4)),
     ("forward", 32): (Tile(4, 32, 1), Tile(2, 32, 1), Tile(1, 32, 1), Tile(1, 32, 4)),
+    ("step", 16): (Tile(4, 32, 1), Tile(2, 64, 1), Tile(1, 64, 1), Tile(1, 64, 4)),
     ("last", 16): (Tile(4, 64, 1), Tile(2, 32, 1), Tile(1, 64, 1), Tile(1, 64, 4)),
     ("last", 32): (Tile(4, 32, 1), Tile(2, 32, 1), Tile(1, 32, 1), Tile(1, 32, 4)),
     ("width_backward", 16): (Tile(2, 32, 1), Tile(2, 32, 1), Tile(1, 32, 1), Tile(1, 64, 4)),
     ("width_backward", 32): (Tile(2, 16, 1), Tile(2, 16, 1), Tile(1, 32, 1), Tile(1, 32, 4)),
-    ("depth_backward", 16): (Tile(1, 64, 1), Tile(2, 32, 1), Tile(2, 32, 2), Tile(1, 64, 8)),
+    ("depth_backward", 16): (Tile(1, 64, 1), Tile(2, 32, 1), Tile(2, 32, 2), Tile(1, 64, 8, 2)),
     ("depth_backward", 32): (Tile(1, 32, 1), Tile(2, 16, 1), Tile(1, 16, 2), Tile(1, 16, 8)),
     ("step_backward", 16): (Tile(1, 32, 1), Tile(1, 32, 1), Tile(1, 32, 1), Tile(1, 32, 8)),
     ("step_backward", 32): (Tile(1, 32, 1), Tile(1, 32, 1), Tile(1, 32, 1), Tile(1, 32, 8)),
-    ("last_backward", 16): (Tile(2, 64, 1), Tile(2, 32, 1), Tile(2, 32, 2), Tile(1, 64, 8)),
+    ("last_backward", 16): (Tile(1, 64, 1), Tile(2, 32, 1), Tile(2, 32, 2), Tile(1, 64, 8)),
     ("last_backward", 32): (Tile(4, 32, 1), Tile(2, 16, 1), Tile(1, 16, 1), Tile(1, 32, 4, 1)),
 }
 
