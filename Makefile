@@ -5,7 +5,7 @@
 #     python3 -m venv .venv
 #     .venv/bin/python -m pip install -r requirements.txt
 #     .venv/bin/python -m jupyterlab notebooks/00_tour.ipynb
-#     .venv/bin/python -m pytest @tests/notebooks/nbval.args tests notebooks
+#     .venv/bin/python -m pytest @tests/notebooks/nbval.args notebooks tests
 
 ifeq ($(OS),Windows_NT)
   PYTHON ?= python
@@ -39,7 +39,7 @@ help:
 	@echo "make lab        open the course in JupyterLab; ARGS=--no-browser prints the address instead"
 	@echo "make test       all unit tests, then every notebook executed and compared with its stored outputs"
 	@echo "make check      the notebooks alone; NB=notebooks/02_*.ipynb for some of them"
-	@echo "make test-slow  tests left out of make test: build and install a wheel"
+	@echo "make test-slow  tests left out of make test: build and install a wheel, the GPU benchmark's dry run"
 	@echo "make test-kernels  compile every Triton kernel for every target, without a GPU; takes an hour or more, goes on"
 	@echo "make gpu        on a machine with a GPU: its tests, then the benchmark; writes figures/data/gpu and README's table"
 	@echo "make notebooks  execute the notebooks in place; NB=notebooks/02_*.ipynb for some of them"
@@ -53,7 +53,8 @@ lab: $(STAMP)
 	$(PY) -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=lab/tree/notebooks/00_tour.ipynb $(ARGS)
 
 test: $(STAMP)
-	$(PY) -m pytest @tests/notebooks/nbval.args tests notebooks -n $(WORKERS) --dist loadscope --durations=10 $(ARGS)
+	$(PY) -m pytest @tests/notebooks/nbval.args notebooks tests -n $(WORKERS) --dist loadscope --no-loadscope-reorder \
+		--durations=10 $(ARGS)
 
 check: $(STAMP)
 	$(PY) tests/notebooks/lessons.py check $(NB)

@@ -58,8 +58,8 @@ def test_what_is_kept_is_not_compiled_again_unless_it_changed_and_spills_show(co
         path = Path({str(folder / "aot.json")!r})
         sys.argv = ["aot", "--covering", "--out", str(path)]
         assert aot.main() == 0
-        fused.tile = lambda *shape: fused.Tile(8, 64, 1)  # a tile too large for one warp
-        job = aot.Job("width_backward", 2, 3, 1024, "bf16", "sm_90")
+        fused.tile = lambda *shape: fused.Tile(16, 128, 1)  # a tile too large for one warp
+        job = aot.Job("depth", 2, 3, 1024, "bf16", "sm_90", dynamic=False)
         assert aot.digest(job) != aot.read(path).get(job, {{}}).get("digest")
         row = aot.compile_one(job)
         print("FAULT", aot.faults(row))

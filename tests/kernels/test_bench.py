@@ -113,6 +113,7 @@ COUNTED = {  # by formulas, or names of what ran
 FACTS = {"date", "commit", "python", "torch", "triton", "dry_run", "device", "stage", "not_measured", "seconds", "rows"}
 
 
+@pytest.mark.slow
 def test_a_dry_run_goes_through_all_and_measures_nothing(tmp_path):
     # --dry-run sets the variable itself, and then has to import everything a second time
     done = start("--dry-run", "--out", str(tmp_path), "--commit", "a name", TRITON_INTERPRET="1")
