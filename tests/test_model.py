@@ -239,7 +239,7 @@ import torch
 from vwn_ref import VWNConfig, VWNTransformer
 torch.manual_seed(0)
 tokens = torch.randint(0, 50, (2, 9))
-cases = [("reference", None, None, 0), ("reference", 2, 3, 0), ("auto", 2, 4, 3)]
+cases = [("reference", 2, 3, 0), ("auto", 2, 4, 3)]
 for kernels, m, n, experts in cases:
     cfg = VWNConfig(vocab_size=50, dim=16, n_layers=1, n_heads=2, m=m, n=n, mtp_layers=1, n_experts=experts,
                     ngram_buckets=31, kernels=kernels)
