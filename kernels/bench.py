@@ -171,13 +171,18 @@ class Bench:
             end.record()
             torch.cuda.synchronize()
             found.append(1e3 * start.elapsed_time(end))
-        q1, median, q3 = statistics.quantiles(found, n=4)
-        return {"median_us": median, "q1_us": q1, "q3_us": q3, "repeats": len(found)}
+        return quartiles(found)
 
     def free(self) -> None:
         """Give memory back between tasks."""
         if not self.dry:
             torch.cuda.empty_cache()
+
+
+def quartiles(times: list[float]) -> dict:
+    """Of repeated measurements of one thing, in µs."""
+    q1, median, q3 = statistics.quantiles(times, n=4)
+    return {"median_us": median, "q1_us": q1, "q3_us": q3, "repeats": len(times)}
 
 
 def attempt(row: dict, measure: Callable[[], dict]) -> dict:
@@ -618,9 +623,7 @@ def run_model(t: Model, bench: Bench) -> dict:
             end.record()
             torch.cuda.synchronize()
             found.append(1e3 * start.elapsed_time(end))
-        q1, median, q3 = statistics.quantiles(found, n=4)
-        times = {"median_us": median, "q1_us": q1, "q3_us": q3, "repeats": len(found)}
-        return times | {"peak_bytes": torch.cuda.max_memory_allocated(), "graphs": _graphs()}
+        return quartiles(found) | {"peak_bytes": torch.cuda.max_memory_allocated(), "graphs": _graphs()}
 
     row = attempt(t._asdict(), measure)
     bench.free()

@@ -19,7 +19,7 @@ import triton
 from torch import Tensor
 from torch.autograd import forward_ad
 from triton import next_power_of_2
-from vwn_ref.kernels.depth import depth_backward_kernel, depth_kernel
+from vwn_ref.kernels.depth import depth_backward_kernel, depth_kernel, own_size
 from vwn_ref.kernels.last import last_backward_kernel, last_kernel
 from vwn_ref.kernels.operation import Operation, check_shape
 from vwn_ref.kernels.step import step_backward_kernel, step_kernel
@@ -183,12 +183,13 @@ class Launch:
         """Room for the sums of each program: [P, 2, n, columns]; for more than 16 slots that `kernel`, with a depth in
         it, adds to them, so they are zeros, and behind each program's lies its room for Â: see `vwn_ref.kernels.depth`.
         """
-        more = 0
-        if kernel is not None and self.n > 16:
-            more = sizes(kernel.__name__, self.m, self.n, self.d, self.dtype)["BT"] * self.n * self.n
-        make = torch.empty if self.T and self.dynamic and not more else torch.zeros
-        whole = make(max(self.programs, 1), 2 * self.n * columns + more, dtype=torch.float32, device=self.device)
-        return whole[:, : 2 * self.n * columns].unflatten(1, (2, self.n, columns))
+        size = own = 2 * self.n * columns
+        if kernel is not None:
+            chosen = sizes(kernel.__name__, self.m, self.n, self.d, self.dtype)
+            own = own_size.fn(self.m, self.n, chosen["NP"], chosen["BT"])
+        make = torch.empty if self.T and self.dynamic and own == size else torch.zeros
+        whole = make(max(self.programs, 1), own, dtype=torch.float32, device=self.device)
+        return whole[:, :size].unflatten(1, (2, self.n, columns))
 
     def coefficient_gradients(self, columns: int) -> Tensor:
         """Room for rstd · ∂L/∂q: [T, n, columns]."""

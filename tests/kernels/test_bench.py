@@ -34,6 +34,10 @@ def test_minimal_bytes_by_hand(op, direction, m, n, rows):
     assert bench.minimal_bytes(op, direction, m, n, D // m, 7, 2) == rows * (D // m) * 2 * 7
 
 
+def test_quartiles_by_hand():
+    assert bench.quartiles([30.0, 10.0, 20.0]) == {"median_us": 20.0, "q1_us": 10.0, "q3_us": 30.0, "repeats": 3}
+
+
 @pytest.mark.parametrize("op", bench.OPS)
 def test_minimal_bytes_are_those_of_the_tensors(op):
     """Forward what goes in and comes out; backward the same inputs, gradients in and gradients out."""

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import tyro
 
+from vwn_ref.experiments.console import told
 from vwn_ref.experiments.run import fixed_fields, read_json
 
 FILES = ("config.json", "log.jsonl", "summary.json")  # what is kept of a run: no weights, no checkpoint
@@ -148,9 +149,10 @@ class CompareConfig:
 def main() -> None:
     """Print the table."""
     config = tyro.cli(CompareConfig, prog="python -m vwn_ref.experiments.compare", description=__doc__)
-    if config.keep_from is not None:
-        keep(config.keep_from, config.folder)
-    print(table(config.folder, config.base))
+    with told():
+        if config.keep_from is not None:
+            keep(config.keep_from, config.folder)
+        print(table(config.folder, config.base))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""What a long run shows, measures and listens to: progress, clock, signals."""
+"""What a long run shows, measures and listens to: progress, clock, signals; and how a command ends."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import threading
@@ -93,3 +94,17 @@ class Progress:
 def note(text: str) -> None:
     """A line for people, on stderr, that does not tear a progress bar."""
     tqdm.write(text, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def told(*others: type[Exception]) -> Iterator[None]:
+    """End the process with a line, "error: …", where a ValueError, an OSError or one of `others` would leave a
+    traceback, and quietly, with exit status 130, at Ctrl-C. With VWN_REF_TRACEBACK in the environment errors pass."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except (ValueError, OSError, *others) as error:
+        if "VWN_REF_TRACEBACK" in os.environ:
+            raise
+        sys.exit(f"error: {error}")

@@ -51,7 +51,6 @@ import itertools
 import json
 import keyword
 import math
-import os
 import shutil
 import statistics
 import sys
@@ -75,7 +74,7 @@ from vwn_ref.config import check_int
 from vwn_ref.experiments import compare
 from vwn_ref.experiments.checkpoint import CheckpointError
 from vwn_ref.experiments.compare import KeptRun, load_runs, paired
-from vwn_ref.experiments.console import note
+from vwn_ref.experiments.console import note, told
 from vwn_ref.experiments.data import END, DataConfig, decode, find_files, is_text, kind, n_bytes, read_documents
 from vwn_ref.experiments.run import flat, read_json
 from vwn_ref.experiments.storage import file_digest, json_digest, write_text
@@ -747,14 +746,8 @@ def execute(arguments: DownstreamArguments) -> int:
 def main() -> None:
     """Evaluate as the command line says; errors in it and in files are told in a line."""
     arguments = tyro.cli(DownstreamArguments, prog="python -m vwn_ref.experiments.downstream", description=__doc__)
-    try:
+    with told():
         sys.exit(execute(arguments))
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, OSError) as error:
-        if "VWN_REF_TRACEBACK" in os.environ:
-            raise
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ from tqdm import tqdm
 from vwn_ref.config import VWNConfig
 from vwn_ref.cost import model_parameters
 from vwn_ref.experiments.compare import KeptRun, keep, paired, read_run
-from vwn_ref.experiments.console import Signals, note
+from vwn_ref.experiments.console import Signals, note, told
 from vwn_ref.experiments.data import DataConfig
 from vwn_ref.experiments.run import Locked, Run, flat
 from vwn_ref.experiments.train import Stopped, TrainConfig, train
@@ -306,16 +306,13 @@ def child() -> None:
         signals.wish()
 
     threading.Thread(target=watch, daemon=True).start()
-    try:
-        train(config, signals)
-    except Stopped:
-        sys.exit(STOPPED)
-    except Locked:
-        sys.exit(LOCKED)
-    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
-        if "VWN_REF_TRACEBACK" in os.environ:
-            raise
-        sys.exit(f"error: {error}")
+    with told(FloatingPointError, RuntimeError):
+        try:
+            train(config, signals)
+        except Stopped:
+            sys.exit(STOPPED)
+        except Locked:
+            sys.exit(LOCKED)
 
 
 @dataclass
@@ -548,14 +545,8 @@ def execute(arguments: SweepArguments, command: str) -> int:
 def main() -> None:
     """Run a sweep as the command line says; errors in it and in files are told in a line."""
     arguments = tyro.cli(SweepArguments, prog="python -m vwn_ref.experiments.sweep", description=__doc__)
-    try:
+    with told():
         sys.exit(execute(arguments, shlex.join(["python", "-m", "vwn_ref.experiments.sweep", *sys.argv[1:]])))
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, OSError) as error:
-        if "VWN_REF_TRACEBACK" in os.environ:
-            raise
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

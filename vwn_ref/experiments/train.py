@@ -35,7 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 from vwn_ref.config import VWNConfig, check_choice, check_float, check_int
 from vwn_ref.experiments import checkpoint
 from vwn_ref.experiments.checkpoint import CheckpointError
-from vwn_ref.experiments.console import Clock, Progress, Signals, note
+from vwn_ref.experiments.console import Clock, Progress, Signals, note, told
 from vwn_ref.experiments.data import Corpus, DataConfig, describe, load_corpus, load_tokenizer
 from vwn_ref.experiments.run import Run, read_config, read_json
 from vwn_ref.experiments.world import World, joined_world, torch_settings
@@ -512,18 +512,13 @@ def main() -> None:
     leader = os.environ.get("RANK", "0") == "0"
     if config.out is None and leader:
         note("out is not given: nothing will be kept")
-    try:
-        result = train(config)
-    except Stopped as stop:
-        if leader:
-            note(f"{stop}; go on with:\n  {command(sys.argv[1:])}")
-        sys.exit(128 + stop.number)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
-    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
-        if "VWN_REF_TRACEBACK" in os.environ:
-            raise
-        sys.exit(f"error: {error}")
+    with told(FloatingPointError, RuntimeError):
+        try:
+            result = train(config)
+        except Stopped as stop:
+            if leader:
+                note(f"{stop}; go on with:\n  {command(sys.argv[1:])}")
+            sys.exit(128 + stop.number)
     if leader:
         print(json.dumps(result.summary, indent=1))
 

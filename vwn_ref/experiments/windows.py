@@ -20,7 +20,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +40,7 @@ from vwn_ref.depth import (
     strength,
 )
 from vwn_ref.experiments.compare import interval, load_runs
+from vwn_ref.experiments.console import note, told
 from vwn_ref.experiments.data import load_corpus
 from vwn_ref.experiments.storage import write_text
 from vwn_ref.experiments.train import load_run, val_starts, windows
@@ -126,20 +126,26 @@ class WindowsConfig:
     """Measure nothing: print what has been measured."""
 
 
-def main() -> None:
-    """Measure what is missing, or print the table."""
-    config = tyro.cli(WindowsConfig, prog="python -m vwn_ref.experiments.windows", description=__doc__)
+def execute(config: WindowsConfig) -> None:
+    """Measure what is missing, unless only the table is wanted, and print it. Raises ValueError."""
     if config.tokens < 1:
-        sys.exit(f"error: tokens = {config.tokens}: must be ≥ 1")
+        raise ValueError(f"tokens = {config.tokens}: must be ≥ 1")
     if not config.table:
         folders = [path.parent for path in sorted(Path(config.folder).glob("*/summary.json"))]
         missing = [f for f in folders if not (f / "weights.safetensors").exists()]
         todo = [f for f in folders if f not in missing and (config.again or not (f / FILE).exists())]
         for folder in todo:
             write_text(folder / FILE, json.dumps(measure_run(folder, config.tokens)) + "\n")
-            print(f"{folder.name}: measured", file=sys.stderr)
-        print(f"{len(todo)} runs measured, {len(missing)} have no weights", file=sys.stderr)
+            note(f"{folder.name}: measured")
+        note(f"{len(todo)} runs measured, {len(missing)} have no weights")
     print(table(config.folder))
+
+
+def main() -> None:
+    """Measure as the command line says; errors in it and in files are told in a line."""
+    config = tyro.cli(WindowsConfig, prog="python -m vwn_ref.experiments.windows", description=__doc__)
+    with told():
+        execute(config)
 
 
 if __name__ == "__main__":
