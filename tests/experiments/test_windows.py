@@ -4,13 +4,15 @@ import json
 import math
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
-from vwn_ref.depth import hard_window, residual_window, trace
+from vwn_ref.depth import hard_window, record, residual_window, trace
 from vwn_ref.experiments import windows
-from vwn_ref.experiments.train import train
+from vwn_ref.experiments.data import load_corpus
+from vwn_ref.experiments.train import load_run, train, val_starts
 
 
 class Fixed:
@@ -63,6 +65,28 @@ def test_residual_and_growing_states():
     assert found["back"]["strength"] == {"0.1": [0, 1, 2, 2, 2, 2], "0.5": [0, 1, 1, 1, 1, 1]}
 
 
+def test_what_is_added_is_not_the_map():
+    """Residual connections around layers that put out more and more: every map is 1, what is added grows fourfold."""
+    A, B = residual_window()
+    layers = [lambda x, size=4.0**k: torch.full_like(x, size) for k in range(6)]
+    found = windows.measure(trace([Fixed(A, B)] * 6, layers, torch.randn(2, 3, 1, 5)))["back"]
+    assert found["strength"] == {"0.1": [0, 1, 2, 3, 4, 5], "0.5": [0, 1, 2, 3, 4, 5]}
+    assert found["contributions"] == {"0.1": [0, 1, 2, 2, 2, 2], "0.5": [0, 1, 1, 1, 1, 1]}
+
+
+class ByToken(Fixed):
+    """Carries token t with the factor t / 100."""
+
+    def matrices(self, H):
+        A, B = super().matrices(H)
+        return A * torch.stack([torch.ones(101), torch.arange(101) / 100], -1)[None, :, None], B
+
+
+def test_radii_of_tokens():
+    found = windows.measure(trace([ByToken(*residual_window())], [torch.tanh], torch.randn(1, 101, 1, 5)))
+    assert found["radius"][0] == pytest.approx([0.05, 0.5, 0.95])
+
+
 def test_run_folders(tiny, tmp_path, monkeypatch, capsys):
     for seed in (0, 1):
         train(tiny(seed=seed, out=str(tmp_path / f"r2-s{seed}")))
@@ -74,7 +98,15 @@ def test_run_folders(tiny, tmp_path, monkeypatch, capsys):
         windows.main()
         return capsys.readouterr()
 
+    seen = []
+    monkeypatch.setattr(windows, "record", lambda model, tokens: seen.append(tokens) or record(model, tokens))
     first = command("--tokens", "100")
+    config = load_run(tmp_path / "r2-s0")[2]
+    text = load_corpus(config.data).val
+    starts = val_starts(text, replace(config, val_tokens=100))
+    assert [tokens.shape for tokens in seen] == [(7, 16)] * 2
+    for row, start in zip(seen[0], starts, strict=True):  # what the model reads; its last target is left out
+        assert row.tolist() == text[start : start + 16].tolist()
     assert first.err.splitlines()[-1] == "2 runs measured, 1 have no weights"
     found = windows.load(tmp_path)
     assert set(found) == {"r2"} and len(found["r2"]) == 2 and found["r2"][0]["tokens"] == 112  # 7 windows of 16
