@@ -13,7 +13,6 @@ way the entries of a row depend on each other, as long as the numbers are about 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -25,6 +24,7 @@ from numpy import ndarray
 
 from vwn_ref.config import check_choice, check_float
 from vwn_ref.experiments.compare import Estimate, KeptRun, interval, load_runs
+from vwn_ref.experiments.console import told
 
 # --------------------------------------------------------------------------------------------- loss against r
 
@@ -383,10 +383,8 @@ def report(config: ScalingConfig) -> str:
 def main() -> None:
     """Print the report; errors are told in a line."""
     config = tyro.cli(ScalingConfig, prog="python -m vwn_ref.experiments.scaling", description=__doc__)
-    try:
+    with told():
         print(report(config))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,127 @@
+"""Study E's tables: prices against sums by hand, contrasts on made-up runs, names against the study's file."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import matplotlib
+import pytest
+
+from vwn_ref.experiments import parts
+from vwn_ref.experiments.compare import KeptRun, load_runs
+from vwn_ref.experiments.sweep import read_sweep
+
+STUDY = Path(parts.__file__).parent / "studies" / "e_parts.toml"
+CONFIGS = {run.variant: run.config for run in read_sweep(STUDY).runs}
+
+
+def kept(name, seed, loss, seconds=1.0, **model):
+    """A run of 10 tokens with `vocab_size` 11, D = 4 and one block."""
+    model = {"vocab_size": 11, "dim": 4, "n_heads": 2, "n_layers": 1, "m": None, "n": None, **model}
+    summary = {"val_next": loss, "tokens": 10, "cpu_seconds": seconds}
+    return KeptRun(name, {"seed": seed, "seq_len": 3, "model": model}, [], summary)
+
+
+def test_price_by_hand():
+    """D = 4, FFN 12 wide (the default), 3 tokens a sequence, one block; multiplications and additions counted apart."""
+    found = parts.price(kept("plain", 0, 1.0, ffn_dim=12))
+    attention, ffn, norms = 8 * 4 * 4 + 4 * 3 * 4, 6 * 4 * 12, 2 * 4 * 4
+    assert found.backbone == 3 * 10 * (attention + ffn + norms)
+    residual, final_norm, unembedding = 2 * 4, 4 * 4, 2 * 4 * 11
+    assert found.arithmetic == found.backbone + 3 * 10 * (residual + final_norm + unembedding)
+    assert found.parameters == 2 * 11 * 4 + 4 * 4 * 4 + 3 * 4 * 12 + 2 * 4 + 4
+    wide = parts.price(kept("r2", 0, 1.0, ffn_dim=12, m=2, n=4))
+    assert wide.backbone == found.backbone and wide.arithmetic > found.arithmetic
+
+
+def test_ratio_takes_the_median_of_pairs():
+    base = [kept("plain", seed, 1.0, seconds) for seed, seconds in ((0, 2.0), (1, 4.0), (2, 8.0))]
+    runs = [kept("r2", seed, 1.0, seconds, m=2, n=4) for seed, seconds in ((0, 3.0), (1, 4.0), (2, 9.0), (3, 99.0))]
+    assert parts.price_ratio(runs, base)["CPU time"] == 9 / 8  # of 1.5, 1.0 and 1.125
+    assert parts.price_ratio(runs, base)["backbone"] == 1.0
+    uncounted = [kept("r2", 0, 1.0, None, m=2, n=4)]
+    assert parts.price_ratio(uncounted, base)["CPU time"] is None
+
+
+def test_contrasts_name_models_of_the_study_and_change_one_thing():
+    others = {"r8", "r8-lowrank"}  # study A's, in the same folder
+    names = {name for c in parts.CONTRASTS for name in (c.model, c.base)}
+    assert names - others <= CONFIGS.keys()
+    assert CONFIGS.keys() <= names
+    assert {name for family in parts.FAMILIES.values() for name in family} - others <= CONFIGS.keys()
+    alone = {
+        "dynamics": {"dynamic"},
+        "width of the state, without the table": {"n", "embed_rank"},
+        "wide table, with the width": {"embed_rank"},
+        "wide table, without the width": {"embed_rank"},
+        "n-grams": {"ngram_buckets"},
+        "initial W_reduce, against mean": {"reduce_init"},
+    }
+    for c in parts.CONTRASTS:
+        if c.about in alone and not {c.model, c.base} & others:
+            one, other = (vars(CONFIGS[name].model) for name in (c.model, c.base))
+            assert {key for key in one if one[key] != other[key]} == alone[c.about], c
+
+
+def test_what_the_contrasts_say_of_parameters():
+    def size(name):
+        return parts.price(
+            KeptRun(name, {"seq_len": 64, "model": vars(CONFIGS[name].model)}, [], {"tokens": 1})
+        ).parameters
+
+    said = {c.base: (size(c.model) / size(c.base) - 1, c.what) for c in parts.CONTRASTS if "parameters" in c.about}
+    assert {base: f"{abs(100 * x):.0f} % {'more' if x > 0 else 'fewer'}" for base, (x, _) in said.items()} == {
+        "plain-d20": "1 % fewer",
+        "plain-d24": "14 % more",
+        "plain-d28": "14 % fewer",
+        "plain-l14": "2 % more",
+    }
+    assert all(base == "plain-l14" or f"{abs(100 * x):.0f} %" in what for base, (x, what) in said.items())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """plain and r2 with three seeds, r2-static with two: differences −1, −2, −3 and 0.5, 0.5."""
+    made = [("plain", s, 5.0 + s, {}) for s in range(3)]
+    made += [("r2", s, 4.0, {"m": 2, "n": 4}) for s in range(3)]
+    made += [("r2-static", s, 3.5, {"m": 2, "n": 4, "dynamic": False}) for s in (0, 1)]
+    for name, seed, loss, model in made:
+        run = kept(name, seed, loss, **model)
+        path = tmp_path / f"{name}-s{seed}"
+        path.mkdir()
+        (path / "config.json").write_text(json.dumps(run.config))
+        (path / "summary.json").write_text(json.dumps(run.summary))
+        (path / "log.jsonl").write_text("")
+    return tmp_path
+
+
+def test_tables(folder, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["parts", str(folder)])
+    parts.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith("| plain | 3 | 1.00× | 1.00× | 1.00× | 1.00× | 6.0000 |  |")
+    half = 4.302653 / math.sqrt(3)  # Student's t, two degrees of freedom; standard deviation 1
+    assert f"| all together | r = 2 | r2 − plain | 3 | -2.0000 ± {half:.4f} |" in lines
+    assert "| dynamics | at r = 2 | r2 − r2-static | 2 | +0.5000 ± 0.0000 |" in lines
+    assert sum(" − " in line for line in lines) == 3  # the head and two contrasts
+    assert lines[-1].startswith("Not run: r1-static, r1,") and " r2-static," not in lines[-1]
+
+
+def test_wrong_base(folder, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["parts", str(folder), "--base", "r9"])
+    with pytest.raises(SystemExit, match="error: base = 'r9': must be one of plain, r2, r2-static"):
+        parts.main()
+
+
+def test_picture(folder):
+    matplotlib.use("Agg")
+    figure = parts.what_pays(load_runs(folder))
+    first = figure.axes[0]
+    assert [len(line.get_xdata()) for line in first.lines] == [1, 1, 1, 1, 1]  # no low-rank run, one r2-static
+    by_label = {line.get_label(): line for line in first.lines}
+    line = by_label["VWN, wide table: r = 1, 2, 4, 8"]
+    assert line.get_ydata()[0] == 4.0 and line.get_xdata()[0] > 1
+    assert figure.axes[1].lines[3].get_xdata()[0] == 1.0  # the same backbone

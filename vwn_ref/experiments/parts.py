@@ -1,0 +1,231 @@
+"""Study E, what pays: `python -m vwn_ref.experiments.parts figures/data/a`.
+
+Two tables of the runs in a folder that belong to studies/e_parts.toml or to another sweep with its names. The first has
+each model's price in four currencies, over that of plain, and its losses:
+
+    parameters        all of them
+    backbone          arithmetic of attention, FFN and norms of the blocks, over the whole training
+    arithmetic        all of it, over the whole training
+    CPU time          seconds of processor in the whole run, validation too, by seed against plain; the median
+
+The second has `CONTRASTS`: what each part adds where nothing else is changed, and what is left of the gain against a
+plain model that gets as much of a currency. Differences are paired by seed, with 95 % intervals; there are many rows,
+so one in twenty excludes 0 by chance.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import tyro
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from vwn_ref.config import VWNConfig
+from vwn_ref.cost import add, model_flops, model_parameters
+from vwn_ref.experiments.compare import KeptRun, load_runs, paired
+from vwn_ref.experiments.console import told
+from vwn_ref.experiments.scaling import common_seeds
+
+Runs = dict[str, list[KeptRun]]
+CURRENCIES = ("parameters", "backbone", "arithmetic", "CPU time")
+BACKBONE = ("attention projections", "attention scores", "ffn", "norms")
+LOSSES = {"val_next": "next token", "val_next2": "next-2 token"}
+
+
+class Contrast(NamedTuple):
+    """Loss of `model` minus loss of `base` answers a question, under a heading."""
+
+    about: str
+    what: str
+    model: str
+    base: str
+
+
+CONTRASTS = (
+    Contrast("routing, no width", "static", "r1-static", "plain"),
+    Contrast("routing, no width", "dynamic", "r1", "plain"),
+    Contrast("dynamics", "at r = 1", "r1", "r1-static"),
+    Contrast("dynamics", "at r = 2", "r2", "r2-static"),
+    Contrast("dynamics", "at r = 4", "r4", "r4-static"),
+    Contrast("dynamics", "at r = 2, low-rank table", "r2-lowrank", "r2-static-lowrank"),
+    Contrast("dynamics", "at r = 4, low-rank table", "r4-lowrank", "r4-static-lowrank"),
+    Contrast("width of the state, without the table", "r = 2, static", "r2-static-lowrank", "r1-static"),
+    Contrast("width of the state, without the table", "r = 4, static", "r4-static-lowrank", "r1-static"),
+    Contrast("width of the state, without the table", "r = 2", "r2-lowrank", "r1"),
+    Contrast("width of the state, without the table", "r = 4", "r4-lowrank", "r1"),
+    Contrast("width of the state, without the table", "r = 8", "r8-lowrank", "r1"),
+    Contrast("wide table, with the width", "r = 2, static", "r2-static", "r2-static-lowrank"),
+    Contrast("wide table, with the width", "r = 4, static", "r4-static", "r4-static-lowrank"),
+    Contrast("wide table, with the width", "r = 2", "r2", "r2-lowrank"),
+    Contrast("wide table, with the width", "r = 4", "r4", "r4-lowrank"),
+    Contrast("wide table, with the width", "r = 8", "r8", "r8-lowrank"),
+    Contrast("wide table, without the width", "2D wide, r = 1", "r1-table2", "r1"),
+    Contrast("wide table, without the width", "4D wide, r = 1", "r1-table4", "r1"),
+    Contrast("all together", "r = 2", "r2", "plain"),
+    Contrast("all together", "r = 4", "r4", "plain"),
+    Contrast("all together", "r = 8", "r8", "plain"),
+    Contrast("n-grams", "plain", "plain-ngram", "plain"),
+    Contrast("n-grams", "r = 2", "r2-ngram", "r2"),
+    Contrast("n-grams", "r = 4", "r4-ngram", "r4"),
+    Contrast("initial W_reduce, against mean", "first, r = 2", "r2-first", "r2"),
+    Contrast("initial W_reduce, against mean", "random, r = 2", "r2-random", "r2"),
+    Contrast("initial W_reduce, against mean", "first, r = 4", "r4-first", "r4"),
+    Contrast("initial W_reduce, against mean", "random, r = 4", "r4-random", "r4"),
+    Contrast("weight decay on A and B", "r = 2", "r2-decay", "r2"),
+    Contrast("weight decay on A and B", "r = 4", "r4-decay", "r4"),
+    Contrast("against plain with as many parameters", "r = 2, 1 % fewer", "r2", "plain-d20"),
+    Contrast("against plain with as many parameters", "r = 4, 14 % more", "r4", "plain-d24"),
+    Contrast("against plain with as many parameters", "r = 4, 14 % fewer", "r4", "plain-d28"),
+    Contrast("against plain with as many parameters", "r = 4, in 14 blocks", "r4", "plain-l14"),
+    Contrast("against plain with as much arithmetic", "r = 2, in 6 blocks", "r2", "plain-l6"),
+    Contrast("against plain with as much arithmetic", "r = 4, in 10 blocks", "r4", "plain-l10"),
+    Contrast("against plain with as much arithmetic", "r = 4, 1.5 × as wide", "r4", "plain-d24"),
+    Contrast("against plain with about as much time", "r = 2, 4,000 steps", "r2", "plain-4000"),
+    Contrast("against plain with about as much time", "r = 4, 5,700 steps", "r4", "plain-5700"),
+    Contrast("against plain, twice as wide", "r = 2", "r2", "plain-d32"),
+    Contrast("against plain, twice as wide", "r = 4", "r4", "plain-d32"),
+)
+
+
+class Price(NamedTuple):
+    """Of a whole training run: a number, FLOPs, FLOPs, seconds (None where a run did not count them)."""
+
+    parameters: int
+    backbone: float
+    arithmetic: float
+    cpu_seconds: float | None
+
+
+def price(run: KeptRun) -> Price:
+    """What a run cost; a training step is three times a forward pass."""
+    model = VWNConfig(**run.config["model"])
+    flops, tokens = model_flops(model, run.config["seq_len"]), run.summary["tokens"]
+    backbone = add(*(flops[part] for part in BACKBONE)).total
+    total = add(*flops.values()).total
+    size = sum(model_parameters(model).values())
+    return Price(size, 3.0 * tokens * backbone, 3.0 * tokens * total, run.summary.get("cpu_seconds"))
+
+
+def price_ratio(runs: list[KeptRun], base: list[KeptRun]) -> dict[str, float | None]:
+    """Price of `runs` over that of `base`, by currency; CPU time: median over the seeds that both have."""
+    ours, theirs = ({run.seed: price(run) for run in group} for group in (runs, base))
+    seeds = common_seeds([runs, base])
+    one, other = ours[seeds[0]], theirs[seeds[0]]
+    times = [(ours[seed].cpu_seconds, theirs[seed].cpu_seconds) for seed in seeds]
+    counted = [a / b for a, b in times if a is not None and b is not None]
+    exact = (one.parameters / other.parameters, one.backbone / other.backbone, one.arithmetic / other.arithmetic)
+    return dict(zip(CURRENCIES, (*exact, statistics.median(counted) if counted else None), strict=True))
+
+
+def price_table(runs: Runs, base: str = "plain") -> str:
+    """Markdown: each model's price over that of `base`, and its losses."""
+    heads = [f"{text} | against {base}" for name, text in LOSSES.items() if name in runs[base][0].summary]
+    lines = [f"| model | seeds | {' | '.join(CURRENCIES)} | {' | '.join(heads)} |"]
+    lines.append("|" + "---|" * (2 + len(CURRENCIES) + 2 * len(heads)))
+    for name, group in sorted(runs.items(), key=lambda item: (item[0] != base, item[0])):
+        cells = [name, str(len(group))]
+        cells += ["" if x is None else f"{x:.2f}×" for x in price_ratio(group, runs[base]).values()]
+        for loss in (loss for loss in LOSSES if loss in group[0].summary):
+            cells.append(f"{statistics.fmean(run.summary[loss] for run in group):.4f}")
+            cells.append("" if name == base else str(paired(group, runs[base], loss)))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def contrast_table(runs: Runs) -> str:
+    """Markdown: `CONTRASTS` of which both models have run, by next-token and next-2-token loss; then what has not."""
+    losses = [name for name in LOSSES if all(name in run.summary for group in runs.values() for run in group)]
+    lines = [f"| what | | model − base | seeds | {' | '.join(LOSSES[name] for name in losses)} |"]
+    lines.append("|" + "---|" * (4 + len(losses)))
+    before = None
+    for contrast in CONTRASTS:
+        if contrast.model in runs and contrast.base in runs:
+            model, base = runs[contrast.model], runs[contrast.base]
+            about = contrast.about if contrast.about != before else ""
+            before = contrast.about
+            cells = [about, contrast.what, f"{contrast.model} − {contrast.base}", str(len(common_seeds([model, base])))]
+            lines.append(f"| {' | '.join(cells + [str(paired(model, base, name)) for name in losses])} |")
+    absent = dict.fromkeys(name for c in CONTRASTS for name in (c.model, c.base) if name not in runs)
+    return "\n".join(lines + ([f"\nNot run: {', '.join(absent)}."] if absent else []))
+
+
+# ------------------------------------------------------------------------------------------------------- picture
+
+FAMILIES = {
+    "plain, wider: D = 16 to 32": ("plain", "plain-d20", "plain-d24", "plain-d28", "plain-d32"),
+    "plain, deeper: 4 to 14 blocks": ("plain", "plain-l6", "plain-l10", "plain-l14"),
+    "plain, longer: 3,000 to 5,700 steps": ("plain", "plain-4000", "plain-5700"),
+    "VWN, wide table: r = 1, 2, 4, 8": ("r1", "r2", "r4", "r8"),
+    "VWN, low-rank table: r = 1, 2, 4, 8": ("r1", "r2-lowrank", "r4-lowrank", "r8-lowrank"),
+    "VWN, static, wide table: r = 1, 2, 4": ("r1-static", "r2-static", "r4-static"),
+}
+
+
+def loss_against(ax: Axes, runs: Runs, currency: str, loss: str = "val_next") -> None:
+    """Draw the mean of the loss against the price in one currency, over plain's, a line for each of `FAMILIES`.
+
+    What has not run is left out.
+    """
+    from vwn_ref.experiments.plots import COLOURS, MARKERS, PLAIN
+
+    looks = [(PLAIN, "-"), (PLAIN, "--"), (PLAIN, ":"), (COLOURS[0], "-"), (COLOURS[1], "-"), (COLOURS[2], "--")]
+    ends = []
+    for (label, names), (colour, line), marker in zip(FAMILIES.items(), looks, MARKERS, strict=False):
+        groups = [runs[name] for name in names if name in runs]
+        x = [price_ratio(group, runs["plain"])[currency] for group in groups]
+        y = [statistics.fmean(run.summary[loss] for run in group) for group in groups]
+        known = [(a, b) for a, b in zip(x, y, strict=True) if a is not None]
+        ends += [a for a, _ in known]
+        if known:
+            ax.plot(*zip(*known, strict=True), line, marker=marker, ms=5, color=colour, label=label, linewidth=1.3)
+    ax.set(xscale="log", xlabel=f"{currency}, over plain's (log scale)")
+    ticks = [x for x in (1, 1.5, 2, 3, 4, 6) if x <= 1.05 * max(ends)]
+    ax.set_xticks(ticks, [f"{x:g}×" for x in ticks])
+    ax.minorticks_off()
+
+
+def what_pays(runs: Runs, loss: str = "val_next") -> Figure:
+    """The picture of study E: loss against each currency."""
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(1, 4, figsize=(12, 4.4), sharey=True)
+    for ax, currency in zip(axes, CURRENCIES, strict=True):
+        loss_against(ax, runs, currency, loss)
+    axes[0].set_ylabel(f"validation loss, {LOSSES[loss]} (nats a token)")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8.5)
+    return fig
+
+
+# -------------------------------------------------------------------------------------------------- command line
+
+
+@dataclass(frozen=True)
+class PartsConfig:
+    """Of which runs."""
+
+    folder: tyro.conf.Positional[str]
+    """Folder of finished runs named <variant>-s<seed>."""
+    base: str = "plain"
+    """The model whose price is 1."""
+
+
+def report(config: PartsConfig) -> str:
+    """Both tables. Raises ValueError where `base` has no runs."""
+    runs = load_runs(config.folder)
+    if config.base not in runs:
+        raise ValueError(f"base = {config.base!r}: must be one of {', '.join(runs)}")
+    return price_table(runs, config.base) + "\n\n" + contrast_table(runs)
+
+
+def main() -> None:
+    """Print the tables; errors are told in a line."""
+    config = tyro.cli(PartsConfig, prog="python -m vwn_ref.experiments.parts", description=__doc__)
+    with told():
+        print(report(config))
+
+
+if __name__ == "__main__":
+    main()
