@@ -39,8 +39,11 @@ def test_keeps_finished_runs_without_weights(tmp_path):
     source = tmp_path / "runs"
     write(source, "plain", 0, 1.0)
     (write(source, "plain", 1, 1.0) / "summary.json").unlink()
+    (source / "plain-s0" / "weights.safetensors").write_bytes(b"")
+    (source / "plain-s0" / "windows.json").write_text("{}")  # measured of the trained model: kept
     assert keep(source, tmp_path / "kept") == 1
-    assert sorted(p.name for p in (tmp_path / "kept").rglob("*.*")) == ["config.json", "log.jsonl", "summary.json"]
+    names = sorted(p.name for p in (tmp_path / "kept").rglob("*.*"))
+    assert names == ["config.json", "log.jsonl", "summary.json", "windows.json"]
 
 
 def test_refuses(tmp_path):

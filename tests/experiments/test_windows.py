@@ -117,6 +117,9 @@ def test_run_folders(tiny, tmp_path, monkeypatch, capsys):
     assert command().err.endswith("0 runs measured, 1 have no weights\n")
     assert (tmp_path / "r2-s0" / windows.FILE).stat().st_mtime_ns == before
     assert command("--table").out == first.out
+    for name in ("weights.safetensors", "config.json"):  # other weights, of the other seed
+        shutil.copyfile(tmp_path / "r2-s1" / name, tmp_path / "r2-s0" / name)
+    assert command().err.endswith("1 runs measured, 1 have no weights\n")
     command("--again", "--tokens", "50")
     assert json.loads((tmp_path / "r2-s0" / windows.FILE).read_text())["tokens"] == 64
     with pytest.raises(SystemExit, match="tokens = 0: must be ≥ 1"):

@@ -22,6 +22,7 @@ from vwn_ref.experiments.console import told
 from vwn_ref.experiments.run import fixed_fields, read_json
 
 FILES = ("config.json", "log.jsonl", "summary.json")  # what is kept of a run: no weights, no checkpoint
+MEASURED = ("downstream.json", "windows.json")  # and these, by the modules of that name, where there are any
 
 
 class Estimate(NamedTuple):
@@ -129,7 +130,7 @@ def keep(source: str | Path, target: str | Path, names: Collection[str] | None =
     runs = [run for run in runs if names is None or run.name in names]
     for run in runs:
         (Path(target) / run.name).mkdir(parents=True, exist_ok=True)
-        for name in FILES:
+        for name in (*FILES, *(name for name in MEASURED if (run / name).exists())):
             shutil.copyfile(run / name, Path(target) / run.name / name)
     return len(runs)
 

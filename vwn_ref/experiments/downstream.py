@@ -51,7 +51,6 @@ import itertools
 import json
 import keyword
 import math
-import shutil
 import statistics
 import sys
 import time
@@ -689,10 +688,7 @@ def cells(runs: list[KeptRun], base: list[KeptRun], measure: str) -> list[str]:
 def keep(source: str | Path, target: str | Path) -> int:
     """Copy what is kept of the evaluated runs, downstream.json with it; returns how many there are."""
     names = {path.parent.name for path in Path(source).glob(f"*/{RESULT}")}
-    count = compare.keep(source, target, names)
-    for name in names:
-        shutil.copyfile(Path(source) / name / RESULT, Path(target) / name / RESULT)
-    return count
+    return compare.keep(source, target, names)
 
 
 # ----------------------------------------------------------------------------------------------- command line

@@ -39,10 +39,12 @@ from vwn_ref.depth import (
     split,
     strength,
 )
+from vwn_ref.experiments.checkpoint import CheckpointError
 from vwn_ref.experiments.compare import interval, load_runs
 from vwn_ref.experiments.console import note, told
 from vwn_ref.experiments.data import load_corpus
-from vwn_ref.experiments.storage import write_text
+from vwn_ref.experiments.run import read_json
+from vwn_ref.experiments.storage import file_digest, write_text
 from vwn_ref.experiments.train import load_run, val_starts, windows
 
 FILE = "windows.json"
@@ -79,7 +81,17 @@ def measure_run(folder: Path, tokens: int) -> dict:
     starts = val_starts(text, dataclasses.replace(config, val_tokens=tokens))
     with torch.no_grad():
         found = measure(record(model, torch.from_numpy(windows(text, starts, config.seq_len))[:, :-1]))
-    return {"tokens": len(starts) * config.seq_len, "m": config.model.m, "n": config.model.n, **found}
+    weights = file_digest(folder / "weights.safetensors")
+    tokens = len(starts) * config.seq_len
+    return {"weights": weights, "tokens": tokens, "m": config.model.m, "n": config.model.n, **found}
+
+
+def is_done(folder: Path) -> bool:
+    """Whether the weights that a run has now have been measured."""
+    try:
+        return read_json(folder / FILE)["weights"] == file_digest(folder / "weights.safetensors")
+    except (FileNotFoundError, CheckpointError, KeyError, TypeError):
+        return False
 
 
 def load(folder: str | Path) -> dict[str, list[dict]]:
@@ -121,7 +133,7 @@ class WindowsConfig:
     tokens: int = 4096
     """Tokens of validation text."""
     again: bool = False
-    """Also of runs that have been measured."""
+    """Also of runs whose weights have been measured."""
     table: bool = False
     """Measure nothing: print what has been measured."""
 
@@ -133,7 +145,7 @@ def execute(config: WindowsConfig) -> None:
     if not config.table:
         folders = [path.parent for path in sorted(Path(config.folder).glob("*/summary.json"))]
         missing = [f for f in folders if not (f / "weights.safetensors").exists()]
-        todo = [f for f in folders if f not in missing and (config.again or not (f / FILE).exists())]
+        todo = [f for f in folders if f not in missing and (config.again or not is_done(f))]
         for folder in todo:
             write_text(folder / FILE, json.dumps(measure_run(folder, config.tokens)) + "\n")
             note(f"{folder.name}: measured")
