@@ -187,9 +187,9 @@ def markdown(folder: Path) -> str:
 
 def into(text: str, table: str) -> str:
     """`text` with `table` between the two lines. Raises ValueError unless they are there, once and in this order."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"the file must have the lines {BEGIN} and {END}, once and in this order")
-    return text[: text.index(BEGIN) + len(BEGIN)] + f"\n{table}\n" + text[text.index(END) :]
+    from vwn_ref.experiments.storage import between
+
+    return between(text, BEGIN, END, table)
 
 
 def main() -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from vwn_ref.experiments.readme import rewritten
+
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -50,3 +52,8 @@ def test_names_in_the_equation_table_exist():
         module = importlib.import_module(f"vwn_ref.{Path(file).stem}")
         for name in names:
             assert hasattr(module, name.split("(")[0]), (file, name)
+
+
+def test_results_are_those_of_the_kept_data():
+    """What stands between the comment lines is what `make figures` writes there."""
+    assert rewritten(TEXT) == TEXT

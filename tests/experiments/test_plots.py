@@ -69,7 +69,9 @@ def test_loss_against_r(sweep):
 
 
 def test_r_sweep_has_both_losses_and_the_papers_slopes(monkeypatch, tmp_path, sweep):
-    monkeypatch.setattr(plots, "load_runs", lambda folder: sweep if folder == tmp_path / "a" else {})
+    monkeypatch.setattr(
+        plots, "kept_runs", lambda study: sweep if study.runs[0].folder.parent == tmp_path / "a" else {}
+    )
     axes = plots.r_sweep(tmp_path).axes
     said = [[text.get_text() for text in ax.get_legend().get_texts()] for ax in axes]
     assert said[0][2] == "the paper's, its Fig. 8: −0.0069"

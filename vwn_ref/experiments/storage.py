@@ -102,3 +102,10 @@ def intact(folder: Path) -> dict | None:
     except (OSError, ValueError, TypeError, KeyError):
         return None
     return manifest
+
+
+def between(text: str, begin: str, end: str, part: str) -> str:
+    """`text` with `part` between two of its lines. Raises ValueError unless they are there, once and in this order."""
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"the file must have the lines {begin} and {end}, once and in this order")
+    return text[: text.index(begin) + len(begin)] + f"\n{part}\n" + text[text.index(end) :]

@@ -423,12 +423,22 @@ def default_jobs(runs: Sequence[Planned]) -> int:
 LOSSES = {"val_next": "next-token loss", "val_next2": "next-2-token loss"}
 
 
+def kept_runs(sweep: Sweep) -> dict[str, list[KeptRun]]:
+    """The finished runs of each variant that has some, in the order of the file; what else its folder holds, such as
+    another study's runs, is left out."""
+    found: dict[str, list[KeptRun]] = {}
+    for run in sweep.runs:
+        if run.finished:
+            found.setdefault(run.variant, []).append(read_run(run.folder))
+    return {name: found[name] for name in dict.fromkeys(run.variant for run in sweep.runs) if name in found}
+
+
 def table(sweep: Sweep) -> str:
     """Markdown: parameters, mean loss over the seeds and paired difference to the base variant, of finished runs."""
     variants: dict[str, list[Planned]] = {}
     for run in sweep.runs:
         variants.setdefault(run.variant, []).append(run)
-    kept = {name: [read_run(run.folder) for run in runs if run.finished] for name, runs in variants.items()}
+    kept = {name: [] for name in variants} | kept_runs(sweep)
     losses = [name for name in LOSSES if any(measures(runs[0], name) for runs in variants.values())]
 
     def cells(name: str, loss: str) -> list[str]:

@@ -1,0 +1,102 @@
+"""The results in README.md: from made-up runs with known slopes and prices."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from vwn_ref.experiments import readme
+from vwn_ref.experiments.storage import between
+from vwn_ref.experiments.sweep import read_sweep
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Study A with two seeds of everything: 3 − 0.25 log2 r (next token), less by a tenth where low-rank; plain 4.
+
+    Seed 1 is 0.5 higher in all, the low-rank r = 8 is not there. Two runs of another study lie in the same folder.
+    """
+    for run in read_sweep(readme.STUDIES / "a_r_sweep.toml").runs:
+        r, seed = run.config.model.r, run.config.seed
+        if seed > 1 or run.name.startswith("r8-lowrank"):
+            continue
+        loss = 4.0 if run.config.model.is_plain else 3 - (0.15 if "lowrank" in run.name else 0.25) * math.log2(r)
+        keep(tmp_path / "a" / run.name, run.config, loss + seed / 2)
+    for run in read_sweep(readme.STUDIES / "e_parts.toml").runs:
+        if run.name in ("r2-static-s0", "plain-d20-s1"):
+            keep(tmp_path / "a" / run.name, run.config, 0.0)
+    return tmp_path
+
+
+def keep(folder, config, loss):
+    from dataclasses import asdict
+
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(asdict(config)))
+    (folder / "log.jsonl").write_text("")
+    seconds = 3600.0 * (1 if config.model.is_plain else float(config.model.r))
+    summary = {
+        "val_next": loss,
+        "val_next2": loss + 1,
+        "tokens": 1_000_000,
+        "parameters": 33_760,
+        "cpu_seconds": seconds,
+    }
+    (folder / "summary.json").write_text(json.dumps(summary))
+
+
+def test_slopes_prices_and_differences(data):
+    text = readme.r_sweep(data).replace("\n", " ")
+    assert "by −0.250 ± 0.000 nats a token where the embedding table grows with r" in text
+    assert "by −0.150 ± 0.000 where it stays D wide" in text and "(95 % intervals over 2 seeds)" in text
+    assert "takes 3.5 times its arithmetic and 8.0 times its CPU time" in text and "log₂ r (R² 1.00)" in text
+    r = np.array([1, 2, 4, 8])
+    assert f"1/r ({np.corrcoef(1 / r, np.log2(r))[0, 1] ** 2:.2f})" in text
+    lines = readme.r_sweep(data).splitlines()
+    assert "| plain | 2 | 1.00× | 1.00× | 1.00× | 4.250 | 5.250 |" in lines
+    assert next(x for x in lines if x.startswith("| r4 |")).endswith("4.00× | −1.500 ± 0.000 | −1.500 ± 0.000 |")
+    assert not any("static" in line or "d20" in line or "r8-lowrank" in line for line in lines)
+
+
+def test_runs_are_counted_once(data):
+    lines = readme.studies(data).splitlines()
+    hours = 2 * (1 + (1 + 1.5 + 2 + 4 + 8) + (1.5 + 2 + 4))  # wide, low-rank
+    assert f"| A. Does the loss fall with r? | `a_r_sweep.toml` | 18 of 50 | {hours:.1f} |" in lines
+    shared = 2 * 4  # plain, r2, r4, r8
+    assert any(f"`c_m.toml` | {shared} of 39, {shared} of them from above | 0.0 |" in line for line in lines)
+    assert any("`e_parts.toml` | 14 of 93, 12 of them from above | 3.0 |" in line for line in lines)
+    assert lines[-1] == f"| together | | | {hours + 3:.1f} |"
+
+
+def test_time_that_was_not_counted(data):
+    path = data / "a" / "plain-s0" / "summary.json"
+    summary = json.loads(path.read_text()) | {"cpu_seconds": None, "seconds": 1800.0, "threads": 2}
+    path.write_text(json.dumps(summary))
+    assert readme.cpu_seconds(path.parent) == 3600.0
+
+
+def test_between():
+    assert between("a\n<\nold\n>\nb", "<", ">", "new") == "a\n<\nnew\n>\nb"
+    for text in ("", "<", "> <", "< > < >"):
+        with pytest.raises(ValueError, match="must have the lines < and >, once and in this order"):
+            between(text, "<", ">", "new")
+
+
+def test_main_prints_or_writes(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["readme", "--data", str(data)])
+    readme.main()
+    printed = capsys.readouterr().out
+    by = "written by vwn_ref.experiments.readme"
+    marks = [f"<!-- {name}: begin, {by} -->\n<!-- {name}: end -->" for name in readme.PARTS]
+    (tmp_path / "R.md").write_text("\n".join(["before", *marks, "after"]), encoding="utf-8")
+    monkeypatch.setattr("sys.argv", ["readme", "--readme", str(tmp_path / "R.md"), "--data", str(data)])
+    readme.main()
+    written = (tmp_path / "R.md").read_text(encoding="utf-8")
+    assert all(part in written for part in printed.strip().split("\n\n")) and written.endswith("after")
+    assert readme.rewritten(written, data) == written
+    (tmp_path / "R.md").write_text("nothing")
+    with pytest.raises(SystemExit, match="error: the file must have the lines"):
+        readme.main()

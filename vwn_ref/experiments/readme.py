@@ -1,0 +1,164 @@
+"""The parts of README.md that are results: `python -m vwn_ref.experiments.readme --readme README.md`.
+
+All of it is computed from figures/data and stands between two comment lines of the file, one pair for each part. No
+sentence depends on how a study ends, only the numbers in it.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from vwn_ref.experiments import paper, scaling
+from vwn_ref.experiments.compare import Estimate, paired
+from vwn_ref.experiments.console import told
+from vwn_ref.experiments.parts import LOSSES, price_ratio
+from vwn_ref.experiments.plots import r_families, signed
+from vwn_ref.experiments.run import read_json
+from vwn_ref.experiments.storage import between, write_text
+from vwn_ref.experiments.sweep import kept_runs, read_sweep
+
+DATA = Path(__file__).resolve().parents[2] / "figures" / "data"
+STUDIES = Path(__file__).parent / "studies"
+
+QUESTIONS = {
+    "a_r_sweep": "A. Does the loss fall with r?",
+    "b_d32": "B. And at D = 32?",
+    "b_d64": "B. And at D = 64?",
+    "c_m": "C. Does a finer partition m pay?",
+    "d_mtp": "D. Do virtual width and multi-token prediction help each other?",
+    "e_parts": "E. Which part of it pays?",
+    "e_bytes": "E. And where the table is small?",
+    "f_depth": "F. How far back do the layers look?",
+}
+"""Studies on a CPU, in the order in which runs that two of them share are counted."""
+
+
+def plus_minus(estimate: Estimate) -> str:
+    """−0.080 ± 0.030; without ± for one seed."""
+    half = "" if math.isnan(estimate.half_width) else f" ± {estimate.half_width:.3f}"
+    return signed(estimate.mean) + half
+
+
+def r_squared(x: np.ndarray, y: np.ndarray) -> float:
+    """Of a line in x."""
+    return float(np.corrcoef(x, y)[0, 1] ** 2)
+
+
+def r_sweep(data: Path) -> str:
+    """Study A in two sentences and a table."""
+    runs = kept_runs(read_sweep(STUDIES / "a_r_sweep.toml", data / "a"))
+    plain = runs["plain"]
+    slopes, seeds, squares = {}, set(), {}
+    for family, variants in r_families(runs).items():
+        whole = [group for group in variants if scaling.r_of(group[0]).is_integer()]
+        r = np.array([scaling.r_of(group[0]) for group in whole])
+        for loss in LOSSES:
+            common, losses = scaling.losses_of(whole, loss)
+            slopes[family, loss] = plus_minus(scaling.fit_log2(r, losses).over_seeds)
+            means = losses.mean(axis=0)
+            squares[family, loss] = r_squared(np.log2(r), means), r_squared(1 / r, means)
+            seeds.add(len(common))
+    wide, low = r_families(runs)
+    next_, next2 = LOSSES
+    config, tokens = plain[0].config, plain[0].summary["tokens"]
+    ratio = price_ratio(runs["r8"], plain)
+    model = config["model"]
+    of = " or ".join(str(count) for count in sorted(seeds))
+    log, inverse = squares[wide, next_]
+    sentences = (
+        f"With the backbone fixed (D = {model['dim']}, {model['n_layers']} blocks, {tokens / 1e6:.1f}M tokens of "
+        f"Python), each doubling of r from 1 to 8 changes the validation loss by {slopes[wide, next_]} nats a token "
+        f"where the embedding table grows with r, Eq. (2), and by {slopes[low, next_]} where it stays D wide, Eq. (3); "
+        f"for the token after the next it is {slopes[wide, next2]} and {slopes[low, next2]} (95 % intervals over {of} "
+        f"seeds). This is no measurement of the paper's slope, {paper.FIG_8_SLOPE.printed.replace('-', '−')} at 0.8 "
+        f"billion active parameters, and it is not at equal cost: r = 8 has {ratio['parameters']:.1f} times plain's "
+        f"{plain[0].summary['parameters']:,} parameters and takes {ratio['arithmetic']:.1f} times its arithmetic and "
+        f"{ratio['CPU time']:.1f} times its CPU time, and four widths do not tell a line in log₂ r (R² {log:.2f}) from "
+        f"one in 1/r ({inverse:.2f})."
+    )
+    lines = ["| model | seeds | parameters | arithmetic | CPU time | next token, against plain | next-2 token |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for name, group in runs.items():
+        price = price_ratio(group, plain)
+        cells = [name, str(len(group)), *(number(price[x]) for x in ("parameters", "arithmetic", "CPU time"))]
+        for loss in LOSSES:
+            mean = f"{statistics.fmean(run.summary[loss] for run in plain):.3f}"
+            cells.append(mean if name == "plain" else plus_minus(paired(group, plain, loss)))
+        lines.append(f"| {' | '.join(cells)} |")
+    return textwrap.fill(sentences, 139) + "\n\n" + "\n".join(lines)
+
+
+def number(ratio: float | None) -> str:
+    """1.36×, or a dash."""
+    return "–" if ratio is None else f"{ratio:.2f}×"
+
+
+def studies(data: Path) -> str:
+    """What has been run and what it cost: a table of `QUESTIONS`."""
+    lines = ["| study | file in `vwn_ref/experiments/studies` | runs kept | CPU-hours |", "|---|---|---|---|"]
+    seen: set[Path] = set()
+    total = 0.0
+    for name, question in QUESTIONS.items():
+        sweep = read_sweep(STUDIES / f"{name}.toml")
+        folders = [data / Path(sweep.out).name / run.name for run in sweep.runs]
+        there = [folder for folder in folders if (folder / "summary.json").exists()]
+        own = [folder for folder in there if folder not in seen]
+        seen.update(own)
+        hours = sum(cpu_seconds(folder) for folder in own) / 3600
+        total += hours
+        shared = f", {len(there) - len(own)} of them from above" if len(own) < len(there) else ""
+        lines.append(f"| {question} | `{name}.toml` | {len(there)} of {len(folders)}{shared} | {hours:.1f} |")
+    tried = sum(cpu_seconds(path.parent) for path in data.glob("lr_grid*/*/summary.json")) / 3600
+    lines.append(f"| learning rates tried before | `lr_grid.toml` and more | | {tried:.1f} |")
+    lines.append(f"| together | | | {total + tried:.1f} |")
+    return "\n".join(lines)
+
+
+def cpu_seconds(folder: Path) -> float:
+    """CPU time of a kept run; of those that did not count it, the time that its threads had for training."""
+    summary = read_json(folder / "summary.json")
+    counted = summary.get("cpu_seconds")
+    return summary["seconds"] * summary["threads"] if counted is None else counted
+
+
+PARTS = {"r-sweep": r_sweep, "studies": studies}
+
+
+def rewritten(text: str, data: Path = DATA) -> str:
+    """`text` with every part as the data have it now."""
+    for name, part in PARTS.items():
+        begin = f"<!-- {name}: begin, written by vwn_ref.experiments.readme -->"
+        text = between(text, begin, f"<!-- {name}: end -->", part(data))
+    return text
+
+
+@dataclass(frozen=True)
+class ReadmeConfig:
+    """From where, into what."""
+
+    readme: str | None = None
+    """A file with the comment lines; without it the parts are printed."""
+    data: str = str(DATA)
+    """Folder of kept studies."""
+
+
+def main() -> None:
+    """Write or print; errors are told in a line."""
+    config = tyro.cli(ReadmeConfig, prog="python -m vwn_ref.experiments.readme", description=__doc__)
+    with told():
+        if config.readme is None:
+            print("\n\n".join(part(Path(config.data)) for part in PARTS.values()))
+        else:
+            file = Path(config.readme)
+            write_text(file, rewritten(file.read_text(encoding="utf-8"), Path(config.data)))
+
+
+if __name__ == "__main__":
+    main()
