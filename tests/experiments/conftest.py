@@ -10,11 +10,17 @@ from vwn_ref.experiments.data import CACHE_VARIABLE, DataConfig
 from vwn_ref.experiments.train import TrainConfig
 
 
-@pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory):
-    """Every corpus of these tests is built anew."""
+@pytest.fixture(scope="session")
+def cache_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(cache_folder):
+    """Every corpus of these tests is built anew. One folder for all of them, but no other test is to know of it: it
+    would compile every kernel again, into there."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))
+        patch.setenv(CACHE_VARIABLE, str(cache_folder))
         yield
 
 
