@@ -230,7 +230,7 @@ def rows(data: Path) -> list[Row]:
 
     The comparisons and their sides were fixed before studies C and D had run.
     """
-    a, d, g = runs_in(data / "a"), runs_in(data / "d"), evaluated_in(data / "g")
+    a, d, g = runs_in(data / "a"), runs_in(data / "d"), evaluated_in(data / "a")
     found = []
     for loss, what in (("next", "next-token"), ("next2", "next-2-token")):
         speedup, (early, late) = paper.FIG_1_SPEEDUP[loss], paper.FIG_1_GAP[loss]
@@ -484,7 +484,7 @@ def fig_7(data: Path) -> Figure:
 
 def fig_9(data: Path) -> Figure:
     """Study G by r, with each task's floor; left the paper's own gains, in other units on other tasks."""
-    runs = evaluated_in(data / "g")
+    runs = evaluated_in(data / "a")
     names = {"plain": "plain", "r1": "r = 1", "r2": "r = 2", "r4": "r = 4", "r8": "r = 8"}
     there = [name for name in names if name in runs]
     if "plain" not in there or len(there) < 2:
