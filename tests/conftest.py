@@ -35,6 +35,29 @@ def seed():
     torch.manual_seed(0)
 
 
+QUICK = {}  # loaded libraries
+HERE = Path(__file__).parent
+AS_SHIPPED = ("test_cpu_values.py", "test_readme.py", "test_packaging.py")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation(request):
+    """The C++ kernels with -O0: the tests here and in kernels/ compile close to a hundred shapes and time none.
+
+    As they are shipped in `AS_SHIPPED`, which looks at the values of many shapes, and in the other folders, which
+    compare what this process trains with what others do: -O0 rounds differently. Hence libraries of their own.
+    """
+    if request.path.parent not in (HERE, HERE / "kernels") or request.path.name in AS_SHIPPED:
+        yield
+        return
+    from vwn_ref.kernels import compiler
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VWN_REF_CXXFLAGS", "-O0")
+        patch.setattr(compiler, "_libraries", QUICK)
+        yield
+
+
 @pytest.fixture
 def no_shape_checks(monkeypatch):
     """For tests of a function's own error message: with the checks on, jaxtyping is the first to complain."""
