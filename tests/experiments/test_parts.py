@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import matplotlib
 import pytest
 
 from vwn_ref.experiments import parts
-from vwn_ref.experiments.compare import KeptRun, load_runs
+from vwn_ref.experiments.compare import KeptRun
+from vwn_ref.experiments.paper_figures import NotRun
 from vwn_ref.experiments.sweep import read_sweep
 
 STUDY = Path(parts.__file__).parent / "studies" / "e_parts.toml"
@@ -116,11 +118,16 @@ def test_wrong_base(folder, monkeypatch):
         parts.main()
 
 
-def test_picture(folder):
+def test_picture(folder, tmp_path):
     matplotlib.use("Agg")
-    figure = parts.what_pays(load_runs(folder))
+    for run in list(folder.glob("*-s*")):
+        shutil.move(run, tmp_path / "a" / run.name)
+    with pytest.raises(NotRun, match="two widths"):
+        parts.what_pays(tmp_path)
+    shutil.copytree(tmp_path / "a" / "plain-s0", tmp_path / "a" / "plain-d32-s0")
+    figure = parts.what_pays(tmp_path)
     first = figure.axes[0]
-    assert [len(line.get_xdata()) for line in first.lines] == [1, 1, 1, 1, 1]  # no low-rank run, one r2-static
+    assert [len(line.get_xdata()) for line in first.lines] == [2, 1, 1, 1, 1]  # no low-rank run, one r2-static
     by_label = {line.get_label(): line for line in first.lines}
     line = by_label["VWN, wide table: r = 1, 2, 4, 8"]
     assert line.get_ydata()[0] == 4.0 and line.get_xdata()[0] > 1

@@ -12,6 +12,7 @@ import torch
 from vwn_ref.depth import hard_window, record, residual_window, trace
 from vwn_ref.experiments import windows
 from vwn_ref.experiments.data import load_corpus
+from vwn_ref.experiments.paper_figures import NotRun
 from vwn_ref.experiments.train import load_run, train, val_starts
 
 
@@ -85,6 +86,28 @@ class ByToken(Fixed):
 def test_radii_of_tokens():
     found = windows.measure(trace([ByToken(*residual_window())], [torch.tanh], torch.randn(1, 101, 1, 5)))
     assert found["radius"][0] == pytest.approx([0.05, 0.5, 0.95])
+
+
+def test_picture(tmp_path):
+    with pytest.raises(NotRun, match="study F"):
+        windows.how_far_back(tmp_path)
+    for m, seed, far in ((1, 0, 2.0), (1, 1, 4.0), (4, 0, 5.0)):
+        folder = tmp_path / "f_depth" / f"m{m}-s{seed}"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps({"seed": seed, "m": m}))
+        (folder / "log.jsonl").write_text("")
+        (folder / "summary.json").write_text("{}")
+        back = {name: {"0.1": [0.0, far], "0.5": [0.0, 1.0]} for name in ("strength", "contributions")}
+        radius = [[0.5, 1.0, 1.5 + seed], [0.5, 2.0, 2.5]]
+        row = {"m": m, "n": 2 * m, "back": back, "radius": radius, "state": [1.0, 2.0]}
+        (folder / windows.FILE).write_text(json.dumps(row))
+    left, right = windows.how_far_back(tmp_path).axes
+    (line, _, (bars,)) = left.containers[0]  # by the map, down to a tenth
+    assert line.get_xdata().tolist() == [0, 2] and line.get_ydata().tolist() == [3.0, 5.0]
+    low, high = bars.get_segments()[0][:, 1]
+    assert (low + high) / 2 == pytest.approx(3) and (high - low) / 2 == pytest.approx(12.7062, abs=1e-3)  # t, 1 d. f.
+    assert left.lines[-2].get_ydata().tolist() == [2, 2]  # n slots, but there are two layers
+    assert right.lines[0].get_ydata().tolist() == [1.0, 2.0]
 
 
 def test_run_folders(tiny, tmp_path, monkeypatch, capsys):

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import tyro
@@ -187,10 +188,18 @@ def loss_against(ax: Axes, runs: Runs, currency: str, loss: str = "val_next") ->
     ax.minorticks_off()
 
 
-def what_pays(runs: Runs, loss: str = "val_next") -> Figure:
-    """The picture of study E: loss against each currency."""
+def what_pays(data: Path, loss: str = "val_next") -> Figure:
+    """Study E (`data`/a, see figures/README.md): loss against each currency.
+
+    Raises NotRun before there is a wider plain model.
+    """
     import matplotlib.pyplot as plt
 
+    from vwn_ref.experiments.paper_figures import NotRun, runs_in
+
+    runs = runs_in(data / "a")
+    if not {"plain", "plain-d32"} <= runs.keys():
+        raise NotRun("no runs of plain models of two widths yet, study E")
     fig, axes = plt.subplots(1, 4, figsize=(12, 4.4), sharey=True)
     for ax, currency in zip(axes, CURRENCIES, strict=True):
         loss_against(ax, runs, currency, loss)

@@ -351,14 +351,17 @@ def r_sweep(data: Path) -> Figure:
 
 def main() -> None:
     """Redraw every figure of this repository; run from its top folder. One without runs yet is passed by."""
-    from vwn_ref.experiments.paper_figures import FIGURES, NotRun  # it stands on this module
+    # these stand on this module
+    from vwn_ref.experiments.paper_figures import FIGURES, NotRun
+    from vwn_ref.experiments.parts import what_pays
+    from vwn_ref.experiments.windows import how_far_back
 
     figures = Path("figures")
     if not (figures / "data").is_dir():
         sys.exit("error: no folder figures/data here: run this in the top folder of the repository")
     mpl.use("Agg")
     style()
-    for draw in (overview, r_sweep, *FIGURES):
+    for draw in (overview, r_sweep, *FIGURES, what_pays, how_far_back):
         path = figures / f"{draw.__name__}.png"
         try:
             picture = draw(figures / "data")

@@ -18,14 +18,18 @@ With --table, the numbers of layer L by variant.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import tyro
 from jaxtyping import Float
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from vwn_ref.depth import (
@@ -122,6 +126,46 @@ def table(folder: str | Path) -> str:
             cells.append(f"{estimate.mean:.2f}{width}")
         lines.append(f"| {variant} | {len(rows)} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def how_far_back(data: Path) -> Figure:
+    """Study F (`data`/f_depth, see figures/README.md): how far the last layer looks against m, and the radii of Â.
+
+    Raises NotRun before there is a measured run.
+    """
+    import matplotlib.pyplot as plt
+
+    from vwn_ref.experiments.paper_figures import NotRun
+    from vwn_ref.experiments.plots import COLOURS, MARKERS, PLAIN
+
+    folder = data / "f_depth"
+    by_m = {rows[0]["m"]: rows for rows in load(folder).values() if rows[0]["m"]} if folder.is_dir() else {}
+    if not by_m:
+        raise NotRun("no measured runs yet, study F")
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4.2))
+    ms = sorted(by_m)
+    L = len(by_m[ms[0]][0]["state"])
+    looks = [("strength", "by the map", 0), ("contributions", "by what is added", 1)]
+    for (name, text, colour), fraction in itertools.product(looks, FRACTIONS):
+        found = [interval([row["back"][name][str(fraction)][-1] for row in by_m[m]]) for m in ms]
+        bars = [0.0 if math.isnan(one.half_width) else one.half_width for one in found]
+        style = {"linestyle": "-" if fraction == FRACTIONS[0] else "--", "marker": MARKERS[colour], "capsize": 3}
+        label = f"{text}, down to 1/{1 / fraction:.0f} of the largest"
+        left.errorbar(np.log2(ms), [one.mean for one in found], bars, color=COLOURS[colour], label=label, **style)
+    windows_of_m = [min(by_m[m][0]["n"], L) for m in ms]
+    left.plot(np.log2(ms), windows_of_m, color="0.45", marker="D", mfc="white", label="n slots, one a layer: §4's")
+    left.axhline(L - 1, color=PLAIN, linewidth=1, label="all earlier layers")
+    left.set_xticks(np.log2(ms), [str(m) for m in ms])
+    left.set(xlabel="m, at n = 2m", ylabel="layers back", title=f"how far back layer {L} looks", ylim=(0, 1.5 * L))
+    left.legend(fontsize=8, loc="upper left")
+    for k, m in enumerate(ms):
+        radii = np.mean([row["radius"] for row in by_m[m]], axis=0)  # [L, 3]: 5 %, 50 %, 95 % of the tokens
+        right.plot(range(1, L + 1), radii[:, 1], color=COLOURS[k], marker=MARKERS[k], ms=3.5, label=f"m = {m}")
+        right.fill_between(range(1, L + 1), radii[:, 0], radii[:, 2], color=COLOURS[k], alpha=0.15, linewidth=0)
+    right.axhline(1, color=PLAIN, linewidth=1)
+    right.set(xlabel="layer (attention and FFN count as one each)", title="spectral radius of Â, 5 % to 95 % of tokens")
+    right.legend(fontsize=8)
+    return fig
 
 
 @dataclass(frozen=True)
