@@ -27,6 +27,12 @@ from vwn_ref.experiments.sweep import kept_runs, read_sweep
 DATA = Path(__file__).resolve().parents[2] / "figures" / "data"
 STUDIES = Path(__file__).parent / "studies"
 
+NAMES = (
+    "`r1` to `r8` have m = 4, n = 4r, dynamic GHC and the wide table (`r1.5`: no GroupNorm, not in the fits), "
+    "`-lowrank` the table D wide.\nDifferences are paired by seed, with 95 % intervals; prices are those of a whole "
+    "training run over plain's."
+)
+
 QUESTIONS = {
     "a_r_sweep": "A. Does the loss fall with r?",
     "b_d32": "B. And at D = 32?",
@@ -92,7 +98,8 @@ def r_sweep(data: Path) -> str:
             mean = f"{statistics.fmean(run.summary[loss] for run in plain):.3f}"
             cells.append(mean if name == "plain" else plus_minus(paired(group, plain, loss)))
         lines.append(f"| {' | '.join(cells)} |")
-    return textwrap.fill(sentences, 139) + "\n\n" + "\n".join(lines)
+    table = ["<details><summary>Model by model</summary>", "", *lines, "", NAMES, "", "</details>"]
+    return textwrap.fill(sentences, 139) + "\n\n" + "\n".join(table)
 
 
 def number(ratio: float | None) -> str:
