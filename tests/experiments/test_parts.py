@@ -112,6 +112,20 @@ def test_tables(folder, monkeypatch, capsys):
     assert lines[-1].startswith("Not run: r1-static, r1,") and " r2-static," not in lines[-1]
 
 
+def test_across(folder, tmp_path, monkeypatch, capsys):
+    """Folder a: r2 alone, nothing to compare; b_d32: plain and r4, one seed in common."""
+    for run in list(folder.glob("*-s*")):
+        shutil.move(run, tmp_path / "a" / run.name)
+    for name, seed in (("plain", 0), ("plain", 1), ("r2", 1)):
+        shutil.copytree(tmp_path / "a" / f"{name}-s{seed}", tmp_path / "b_d32" / f"{name.replace('2', '4')}-s{seed}")
+    monkeypatch.setattr(sys, "argv", ["parts", str(tmp_path), "--across"])
+    parts.main()
+    lines = capsys.readouterr().out.splitlines()
+    share = 11 * 4 / parts.price(kept("plain", 0, 1.0)).parameters
+    assert lines[2] == f"| 4 | 1 | 11 | {share:.0%} | – | – | – | – | – | – |"
+    assert lines[3].endswith("| – | – | – | – | – | -2.0000 (no interval), 1 seeds |") and len(lines) == 4
+
+
 def test_wrong_base(folder, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["parts", str(folder), "--base", "r9"])
     with pytest.raises(SystemExit, match="error: base = 'r9': must be one of plain, r2, r2-static"):

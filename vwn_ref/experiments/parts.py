@@ -11,6 +11,8 @@ each model's price in four currencies, over that of plain, and its losses:
 The second has `CONTRASTS`: what each part adds where nothing else is changed, and what is left of the gain against a
 plain model that gets as much of a currency. Differences are paired by seed, with 95 % intervals; there are many rows,
 so one in twenty excludes 0 by chance.
+
+`python -m vwn_ref.experiments.parts figures/data --across` sets the main ones side by side for each backbone.
 """
 
 from __future__ import annotations
@@ -153,6 +155,36 @@ def contrast_table(runs: Runs) -> str:
     return "\n".join(lines + ([f"\nNot run: {', '.join(absent)}."] if absent else []))
 
 
+BACKBONES = ("a", "b_d32", "b_d64", "e_bytes")
+SPLIT = {
+    "routing: r1 − plain": ("r1", "plain"),
+    "width: r4-lowrank − r1": ("r4-lowrank", "r1"),
+    "width: r8-lowrank − r1": ("r8-lowrank", "r1"),
+    "both: r4-lowrank − plain": ("r4-lowrank", "plain"),
+    "table: r4 − r4-lowrank": ("r4", "r4-lowrank"),
+    "all: r4 − plain": ("r4", "plain"),
+}
+
+
+def across_table(data: Path, loss: str = "val_next") -> str:
+    """Markdown: where does the width itself pay? `SPLIT` by backbone and vocabulary, in the folders `BACKBONES`."""
+    lines = [f"| D | blocks | vocabulary | embedding's share of plain | {' | '.join(SPLIT)} |"]
+    lines.append("|" + "---|" * (4 + len(SPLIT)))
+    for name in BACKBONES:
+        runs = load_runs(data / name) if (data / name).is_dir() else {}
+        if "plain" not in runs:
+            continue
+        model = VWNConfig(**runs["plain"][0].config["model"])
+        sizes = model_parameters(model)
+        cells = [str(model.dim), str(model.n_layers), str(model.vocab_size)]
+        cells.append(f"{sizes['embedding'] / sum(sizes.values()):.0%}")
+        for one, other in SPLIT.values():
+            seeds = {run.seed for run in runs.get(one, [])} & {run.seed for run in runs.get(other, [])}
+            cells.append(f"{paired(runs[one], runs[other], loss)}, {len(seeds)} seeds" if seeds else "–")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 # ------------------------------------------------------------------------------------------------------- picture
 
 FAMILIES = {
@@ -216,13 +248,17 @@ class PartsConfig:
     """Of which runs."""
 
     folder: tyro.conf.Positional[str]
-    """Folder of finished runs named <variant>-s<seed>."""
+    """Folder of finished runs named <variant>-s<seed>; with --across, of such folders."""
     base: str = "plain"
     """The model whose price is 1."""
+    across: bool = False
+    """Instead: what routing, width and table give with other backbones, one line each."""
 
 
 def report(config: PartsConfig) -> str:
-    """Both tables. Raises ValueError where `base` has no runs."""
+    """Both tables, or that of all backbones. Raises ValueError where `base` has no runs."""
+    if config.across:
+        return across_table(Path(config.folder))
     runs = load_runs(config.folder)
     if config.base not in runs:
         raise ValueError(f"base = {config.base!r}: must be one of {', '.join(runs)}")
