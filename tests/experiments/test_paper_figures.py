@@ -182,10 +182,14 @@ def test_verdict_on_ratios():
 def test_rows_know_what_there_is(three, one, tmp_path):
     verdicts = {(row.figure, row.says): row.verdict for row in rows(three)}
     assert verdicts["Fig. 4", "MTP alone raises it"] == "in that direction"
-    assert verdicts["Fig. 4", "VWN+MTP against the baseline with MTP"] == "told apart; no side claimed"
+    assert verdicts["Fig. 4", "VWN+MTP is below MTP"] == "in that direction"
+    assert verdicts["Fig. 4", "VWN+MTP against the baseline"] == "told apart; no side claimed"
+    assert verdicts["Fig. 4", "MTP hurts less with VWN than without"] == "in that direction"
     assert verdicts["Fig. 6", "r = 2: m = 4 is below m = 2"] == "in that direction"
     assert verdicts["Fig. 8", "change a doubling of r, r = 2, 4, 8"] == "in that direction"
     assert len(verdicts) == len(rows(three))  # no claim twice
+    steps = [row.printed for row in rows(tmp_path) if "is below r" in row.says]
+    assert steps == ["−0.008", "−0.007"]  # Table 1: 0.020, 0.028, 0.035
     assert {row.verdict for row in rows(one)} == {"no interval"}
     assert {row.verdict for row in rows(tmp_path)} == {"not run yet"}
     assert [row.printed for row in rows(one)] == [row.printed for row in rows(tmp_path)]  # the paper's stay

@@ -21,6 +21,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from vwn_ref.experiments import downstream, paper
 from vwn_ref.experiments.compare import Estimate, KeptRun, interval, load_runs
@@ -28,7 +29,7 @@ from vwn_ref.experiments.plots import COLOURS, MARKERS, PLAIN, signed
 from vwn_ref.experiments.scaling import TokenEfficiency, curves_of, fine_grid, smoother, token_efficiency
 
 Runs = dict[str, list[KeptRun]]  # as `load_runs` gives them
-LOSSES = {"next": "next token", "next2": "next token but one (MTP head)"}
+LOSSES = {"next": "next token", "next2": "next-2 token (MTP head)"}
 PAPERS = "0.45"  # the colour of what is the paper's
 WIDTHS = (2, 4, 8)  # r of Figs. 6-8
 SEGMENTS = (1, 2, 4, 8)  # m of study C
@@ -205,7 +206,7 @@ class Row:
     figure: str
     says: str
     printed: str
-    """The paper's number, "" where it prints none."""
+    """The paper's number or the difference of two, "" where it prints none."""
     side: int
     """Where our number is if the claim holds here: -1 below 0, 1 above 0 (a ratio: 1), 0 if no side is claimed."""
     ours: Contrast | TokenEfficiency | None
@@ -228,7 +229,7 @@ class Row:
 def rows(data: Path) -> list[Row]:
     """The claims of §5 and §8 that our studies can be set beside, and what they come to, in the order of the figures.
 
-    The comparisons and their sides were fixed before studies C and D had run.
+    The comparisons and their sides were written down when three seeds of study A were kept, and no run of C, D or G.
     """
     a, d, g = runs_in(data / "a"), runs_in(data / "d"), evaluated_in(data / "a")
     found = []
@@ -236,16 +237,17 @@ def rows(data: Path) -> list[Row]:
         speedup, (early, late) = paper.FIG_1_SPEEDUP[loss], paper.FIG_1_GAP[loss]
         tokens = f"tokens for plain's last {what} loss"
         found.append(Row("Fig. 1", tokens, f"{speedup.printed}×", 1, efficiency(a, "r8", loss)))
-        printed = f"{early.printed} to {late.printed}"
-        found.append(Row("Fig. 1", f"{what} gap of r = 8, end less half", printed, -1, growth(a, "r8", loss)))
+        printed = f"{early.printed} → {late.printed}"
+        found.append(Row("Fig. 1", f"{what} gap of r = 8 grows", printed, -1, growth(a, "r8", loss)))
     moe = mtp_contrasts("n_experts4")
     gain, words = paper.FIG_5_GAIN, "words only"
     for figure, says, printed, side, label in (
         ("Fig. 4", "MoE, r = 1.5: VWN lowers the loss", words, -1, "VWN − plain"),
         ("Fig. 4", "MTP alone raises it", words, 1, "MTP − plain"),
-        ("Fig. 4", "VWN+MTP is below VWN", words, -1, "VWN+MTP − VWN"),
-        ("Fig. 4", "VWN+MTP against the baseline with MTP", f"{paper.FIG_4_GAP.printed}, no sign", 0, "VWN+MTP − MTP"),
-        ("Figs. 4, 5", "MTP hurts less with VWN than without", words, -1, "interaction"),
+        ("Fig. 4", "VWN+MTP is below VWN", words, -1, "VWN+MTP − VWN"),  # "lowest among the augmented variants"
+        ("Fig. 4", "VWN+MTP is below MTP", words, -1, "VWN+MTP − MTP"),
+        ("Fig. 4", "VWN+MTP against the baseline", f"{paper.FIG_4_GAP.printed}, no sign", 0, "VWN+MTP − plain"),
+        ("Fig. 4", "MTP hurts less with VWN than without", words, -1, "interaction"),  # follows from the rows above
         ("Fig. 5", "MoE, r = 1.5: VWN below plain", f"−{gain['vwn'].printed}", -1, "VWN − plain"),
         ("Fig. 5", "VWN+MTP below plain", f"−{gain['vwn+mtp'].printed}", -1, "VWN+MTP − plain"),
     ):
@@ -262,7 +264,8 @@ def rows(data: Path) -> list[Row]:
             found.append(Row("Fig. 7", f"{what} loss, r = {r}, below plain", printed, -1, ours))
     for few, many in ((2, 4), (4, 8)):
         ours = contrast(a, {f"r{many}": 1, f"r{few}": -1})
-        found.append(Row("Fig. 7", f"next-token loss: r = {many} is below r = {few}", words, -1, ours))
+        printed = signed(paper.TABLE_1["next"][few].value - paper.TABLE_1["next"][many].value)
+        found.append(Row("Fig. 7", f"next-token loss: r = {many} is below r = {few}", printed, -1, ours))
     slope = {"r2": -0.5, "r4": 0, "r8": 0.5}  # least squares of three points one doubling apart
     printed = paper.FIG_8_SLOPE.printed.replace("-", "−")
     found.append(Row("Fig. 8", "change a doubling of r, r = 2, 4, 8", printed, -1, contrast(a, slope)))
@@ -272,7 +275,7 @@ def rows(data: Path) -> list[Row]:
         ("six benchmarks rise; here held-out loss", "here copying", "here brackets", "here recall of names"),
         strict=True,
     ):
-        printed = f"+{min(gains):.2f} to +{max(gains):.2f}" if measure == "heldout.loss" else ""
+        printed = f"+{min(gains):.2f} to +{max(gains):.2f} points" if measure == "heldout.loss" else ""
         found.append(Row("Fig. 9", says, printed, task.side, contrast(g, {"r8": 1, "plain": -1}, measure)))
     return found
 
@@ -404,6 +407,7 @@ def fig_4_5(data: Path) -> Figure:
     left.set_title("bars: 95 % of the difference to plain")
     right.axvline(0, color=PLAIN, linewidth=1)
     right.set_yticks(range(6), mtp_contrasts(there[0]))
+    right.xaxis.set_major_locator(MaxNLocator(6))
     right.set(xlabel="difference of losses (nats a token)", ylim=(5.6, -0.6), xlim=room([0.0, *differences], wide))
     right.set_title("paired over seeds, 95 %")
     fig.legend(loc="outside lower center", ncols=3, fontsize=8.5)
@@ -417,7 +421,7 @@ def fig_6(data: Path) -> Figure:
     runs = runs_in(data / "a")
     others = [with_m(r, m) for r in WIDTHS for m in SEGMENTS if m != 4]
     if not any(name in runs for name in others):
-        raise NotRun(f"no run of study C is finished yet, {', '.join(others)}")
+        raise NotRun(f"no run of study C's own, m = {', '.join(str(m) for m in SEGMENTS if m != 4)}, is finished yet")
     fig, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4.0))
     for k, r in enumerate(WIDTHS):
         there = [m for m in SEGMENTS if with_m(r, m) in runs]
@@ -466,14 +470,14 @@ def fig_7(data: Path) -> Figure:
         ax.set(title=title, xlabel="training tokens (millions)")
     axes[0].set_ylabel("ours: training loss − plain (nats a token)")
     axes[0].legend(fontsize=8.5)
-    columns = {"next": ("next token", "o"), "next2": ("next token but one", "s")}
+    columns = {"next": ("next token", "o"), "next2": ("next-2 token", "s")}
     for loss, (label, marker) in columns.items():
         gains = [-number.value for number in paper.TABLE_1[loss].values()]
         axes[2].plot(range(3), gains, marker, linestyle="-", color=PAPERS, mfc="white", label=label)
     for x, r in enumerate(WIDTHS):
         points = f"+{paper.TABLE_1['accuracy'][r].printed}"
         axes[2].text(x, 0.004, points, ha="center", va="bottom", fontsize=8.5, color=PAPERS)
-    axes[2].text(1, 0.0105, "accuracy, points of the paper's", ha="center", va="bottom", fontsize=8.5, color=PAPERS)
+    axes[2].text(1, 0.0105, "gain of accuracy, in points", ha="center", va="bottom", fontsize=8.5, color=PAPERS)
     axes[2].axhline(0, color=PLAIN, linewidth=1)
     axes[2].set_xticks(range(3), [f"r = {r}" for r in WIDTHS])
     axes[2].set(title="the paper's Table 1: loss − plain", ylim=(-0.068, 0.02), xlim=(-0.4, 2.4))
