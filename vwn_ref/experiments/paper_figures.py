@@ -272,7 +272,12 @@ def rows(data: Path) -> list[Row]:
     gains = [number.value for number in paper.FIG_9.values()]
     for (measure, task), says in zip(
         TASKS.items(),
-        ("six benchmarks rise; here held-out loss", "here copying", "here brackets", "here recall of names"),
+        (
+            "six benchmarks rise; here held-out loss",
+            "as above; copying",
+            "as above; brackets",
+            "as above; recall of names",
+        ),
         strict=True,
     ):
         printed = f"+{min(gains):.2f} to +{max(gains):.2f} points" if measure == "heldout.loss" else ""
