@@ -246,7 +246,7 @@ def test_kept_runs_that_do_not_fit(kept, capsys, monkeypatch):
     with pytest.raises(ValueError, match="every seed's log must have train_next at the same steps"):
         scaling.curves_of(runs["r4"], [0, 1])
     monkeypatch.setattr(sys, "argv", ["scaling", str(kept)])
-    with pytest.raises(SystemExit, match=r"must hold finished runs r1.5-s<seed>; there are plain, r1, r2, r4"):
+    with pytest.raises(SystemExit, match=r"must hold finished runs r8-s<seed>; there are plain, r1, r2, r4"):
         scaling.main()
 
 

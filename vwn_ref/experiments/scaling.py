@@ -347,8 +347,8 @@ class ScalingConfig:
 
     folder: tyro.conf.Positional[str]
     """Folder of finished runs named <variant>-s<seed>."""
-    variants: tuple[str, ...] = ("r1", "r1.5", "r2", "r4", "r8")
-    """The points of the line, one variant each r."""
+    variants: tuple[str, ...] = ("r1", "r2", "r4", "r8")
+    """The points of the line, one variant each r. (r1.5 has no GroupNorm before W_reduce.)"""
     base: str = "plain"
     """The model that token efficiency compares with."""
     names: tuple[str, ...] = ("next", "next2")
