@@ -168,10 +168,12 @@ SPLIT = {
 
 def across_table(data: Path, loss: str = "val_next") -> str:
     """Markdown: where does the width itself pay? `SPLIT` by backbone and vocabulary, in the folders `BACKBONES`."""
+    from vwn_ref.experiments.paper_figures import runs_in, shared_seeds
+
     lines = [f"| D | blocks | vocabulary | embedding's share of plain | {' | '.join(SPLIT)} |"]
     lines.append("|" + "---|" * (4 + len(SPLIT)))
     for name in BACKBONES:
-        runs = load_runs(data / name) if (data / name).is_dir() else {}
+        runs = runs_in(data / name)
         if "plain" not in runs:
             continue
         model = VWNConfig(**runs["plain"][0].config["model"])
@@ -179,7 +181,7 @@ def across_table(data: Path, loss: str = "val_next") -> str:
         cells = [str(model.dim), str(model.n_layers), str(model.vocab_size)]
         cells.append(f"{sizes['embedding'] / sum(sizes.values()):.0%}")
         for one, other in SPLIT.values():
-            seeds = {run.seed for run in runs.get(one, [])} & {run.seed for run in runs.get(other, [])}
+            seeds = shared_seeds(runs, one, other)
             cells.append(f"{paired(runs[one], runs[other], loss)}, {len(seeds)} seeds" if seeds else "–")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

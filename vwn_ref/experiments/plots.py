@@ -20,9 +20,7 @@ from matplotlib.image import AxesImage
 from vwn_ref.experiments import paper, scaling
 from vwn_ref.experiments.compare import KeptRun, interval, load_runs
 from vwn_ref.experiments.storage import write_whole
-from vwn_ref.experiments.sweep import kept_runs, read_sweep
-
-STUDY_A = Path(__file__).parent / "studies" / "a_r_sweep.toml"
+from vwn_ref.experiments.sweep import STUDIES, kept_runs, read_sweep
 
 # Okabe and Ito's palette: told apart with any kind of colour vision. Black is kept for the plain model.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
@@ -317,7 +315,7 @@ def loss_against_r(
 
 def r_sweep(data: Path) -> Figure:
     """Loss against the virtual width, study A (`data`/a, see figures/README.md), beside the slopes of the paper."""
-    runs = kept_runs(read_sweep(STUDY_A, data / "a"))
+    runs = kept_runs(read_sweep(STUDIES / "a_r_sweep.toml", data / "a"))
     next2 = scaling.fit_log2(list(paper.TABLE_1["next2"]), [-gain.value for gain in paper.TABLE_1["next2"].values()])
     panels = {
         "val_next": ("next token", ("the paper's, its Fig. 8", paper.FIG_8_SLOPE.value)),

@@ -22,10 +22,9 @@ from vwn_ref.experiments.parts import LOSSES, price_ratio
 from vwn_ref.experiments.plots import r_families, signed
 from vwn_ref.experiments.run import read_json
 from vwn_ref.experiments.storage import between, write_text
-from vwn_ref.experiments.sweep import kept_runs, read_sweep
+from vwn_ref.experiments.sweep import STUDIES, kept_runs, read_sweep
 
 DATA = Path(__file__).resolve().parents[2] / "figures" / "data"
-STUDIES = Path(__file__).parent / "studies"
 
 NAMES = (
     "`r1` to `r8` have m = 4, n = 4r, dynamic GHC and the wide table (`r1.5`: no GroupNorm, not in the fits), "

@@ -71,6 +71,7 @@ from vwn_ref.experiments.data import DataConfig
 from vwn_ref.experiments.run import Locked, Run, flat
 from vwn_ref.experiments.train import Stopped, TrainConfig, train
 
+STUDIES = Path(__file__).parent / "studies"
 KEYS = ("seeds", "base_variant", "out", "base", "variants", "grid")
 # Fields of TrainConfig that a sweep file does not set, and why.
 NOT_HERE = {"seed": "seeds gives it", "out": "the run's name gives it", "resume": "a sweep always goes on"}
