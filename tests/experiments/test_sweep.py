@@ -21,7 +21,7 @@ from vwn_ref.experiments import sweep as module
 from vwn_ref.experiments.checkpoint import load, save
 from vwn_ref.experiments.compare import load_runs, paired
 from vwn_ref.experiments.run import fixed_fields
-from vwn_ref.experiments.sweep import SweepArguments, check_folders, execute, read_sweep, shard, table
+from vwn_ref.experiments.sweep import SweepArguments, check_folders, execute, kept_runs, read_sweep, shard, table
 from vwn_ref.experiments.train import TrainConfig, load_run, train
 
 STUDIES = sorted((Path(module.__file__).parent / "studies").glob("*.toml"))
@@ -305,6 +305,17 @@ def test_the_table(copied, capsys):
     text = capsys.readouterr().out
     assert row in text.splitlines()
     assert "\nNot finished, 2 of 4 runs: plain-s1, r1.5-s1.\n" in text
+
+
+def test_kept_runs_are_those_of_the_sweep_in_its_order(copied):
+    file, out = copied
+    names = list(dict.fromkeys(run.variant for run in read_sweep(file, out).runs))
+    (out / f"{names[0]}-s0" / "summary.json").unlink()  # so that the first variant's first run comes late
+    shutil.copytree(out / f"{names[1]}-s0", out / "another-s0")  # of another study
+    found = kept_runs(read_sweep(file, out))
+    assert list(found) == names and [run.seed for run in found[names[0]]] == [1]
+    (out / f"{names[0]}-s1" / "summary.json").unlink()
+    assert list(kept_runs(read_sweep(file, out))) == names[1:]
 
 
 def test_the_table_of_all(finished):
