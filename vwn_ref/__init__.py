@@ -1,7 +1,7 @@
 """Virtual Width Networks (arXiv 2511.11238): a reference implementation.
 
 Reading order, with the paper's equations: `config` · `embedding` (1)-(3) · `ghc` (9), (10), (15), (16) ·
-`dynamic` (11)-(14) · `reduce` (4) · `depth` (17) · `mtp` §3.4 · `cost` §3.5 · `family` §2 · `backbone` ·
+`dynamic` (11)-(14) · `reduce` (4) · `depth` (17) · `mtp` §3.4 · `cost` §3.5 · `family` §2, §4 · `backbone` ·
 `model` Algorithm 1. `vwn_ref.kernels` has the same operations fused; `vwn_ref.experiments` trains.
 """
 

@@ -84,7 +84,7 @@ class VWNConfig:
     reduce_init: Literal["mean", "first", "random"] = "mean"
     """Initial W_reduce, Eq. (4): mean of the r groups, the first D of D′, or random (the paper does not say)."""
     reduce_norm: bool | None = None
-    """GroupNorm before W_reduce. None: where r is an integer, as in the paper; True then demands an integer r."""
+    """GroupNorm before W_reduce. None: where r is an integer (§3.2, §5.1); True then demands an integer r."""
     ffn_dim: int | None = None
     """Hidden width of the SwiGLU FFN, of each expert in a MoE. None: 8/3 · dim rounded up to a multiple of 8."""
     n_experts: int = 0

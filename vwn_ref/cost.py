@@ -22,10 +22,10 @@ Whether the paper's numbers add up:
   roots of the norm; neither grows with D. `tests/test_cost.py` counts every operation of a loop.
 - 3D of 34D = 8.8 %: yes. From 4(r+1)D to 4ηrD, 4D more than the factor η is gone: the inputs of B, which the text says
   are kept. It adds up if the inputs of attention and FFN, 4D of the 34D, are recomputed in their place.
-- "VWN adds roughly n/m − 1 times the cost of layer normalization and residual addition" is about bytes. In FLOPs
-  (2,3) adds 48D to the 5D of an RMSNorm and an addition.
-- "Nearly constant" compute holds for small m and n. (8,64) costs 2592D a GHC, 5184D a layer: at D = 2048 that is 10.5 %
-  of a plain layer's 24D².
+- "When m is small, VWN adds roughly n/m − 1 times the cost of layer normalization and residual addition" is about
+  bytes. In FLOPs (2,3) adds 48D to the 5D of an RMSNorm and an addition.
+- "Nearly constant" is said of the backbone's compute. What the connections add is small for small m and n; (8,64) costs
+  2592D a GHC, 5184D a layer: at D = 2048 that is 10.5 % of a plain layer's 24D².
 - "Solely from the extra parameters, a negligible amount" at inference: the GHCs' are few, but a table D′ wide has
   (r − 1)D more a token of the vocabulary. W_expand, Eq. (3), avoids it.
 """

@@ -1,4 +1,6 @@
-"""Other ways to connect layers as choices of (m, n, A, B): §1 and §2 of arXiv 2511.11238, the table written out.
+"""Other ways to connect layers as choices of (m, n, A, B): §1, §2 and §4 of arXiv 2511.11238, as a table.
+
+mHC is later than the paper; the other methods are named there.
 
 | method               | m | n     | A = (Å | Â)                                  | B            | dynamic            |
 |----------------------|---|-------|----------------------------------------------|--------------|--------------------|

@@ -9,8 +9,9 @@ two slot by slot, runs VWN sublayers of its own on the result and predicts token
 | e of token i+1            | `E`           | [..., n, d_b]                                          |
 | the linear 2D/m → D/m     | `BlockLinear` | [d_b, 2 d_b], one for all n slots; dense would be rD × 2rD |
 
-The paper gives neither norms before the linear nor a loss weight. As in the model it cites (DeepSeek-V3) both inputs
-are RMS-normalised, here over each slot as in Eq. (12), and the head has a reduce and a final norm of its own.
+Fig. 3 (c) has a norm before the linear for each input, H-Norm and E-Norm, without saying of which kind or over what: as
+in the model that the paper cites (DeepSeek-V3) these are RMSNorms, here over each slot as in Eq. (12). The head has a
+reduce and a final norm of its own. The loss weight is not given.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 | paper     | here            | shape                                                  |
 |-----------|-----------------|--------------------------------------------------------|
 | h′ᴸ       | `H`             | [..., n, d_b], flattened to D′                         |
-| GroupNorm | `norm`          | r groups, each D wide; left out where r is no integer (§5.1) |
+| GroupNorm | `norm`          | r groups, each D wide; left out where r is no integer (§5.1: at r = 1.5) |
 | W_reduce  | `linear.weight` | [D, D′]                                                |
 
 What the paper does not say is the initial W_reduce. Ours averages the slots that Eq. (15) gives the same segment;

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -262,8 +263,15 @@ def test_table_1_and_fig_8():
     assert round(found.r_squared, 4) == 0.9985 and found.r_squared_agrees
     assert found.plain_above_line == pytest.approx(0.0131, abs=1e-9)
     assert (round(found.slope_with_plain, 4), round(found.r_squared_with_plain, 2)) == (-0.0113, 0.93)
-    assert [round(x, 4) for x in found.implied_plain] == [1.6343, 1.6354, 1.6355]
+    assert (round(found.points_slope, 5), round(found.points_r_squared, 4)) == (-0.00685, 0.9986)  # (1.6008 − 1.6145)/2
+    assert paper.FIG_8_SLOPE.low <= found.points_slope <= paper.FIG_8_SLOPE.high + 1e-12
+    line = [paper.FIG_8_INTERCEPT.value + paper.FIG_8_SLOPE.value * k for k in (1, 2, 3)]
+    assert line == pytest.approx([point.value for point in paper.FIG_8_LOSS.values()], abs=4e-4)
+    assert [round(x, 4) for x in found.implied_plain] == [1.6345, 1.6352, 1.6358]
+    assert found.implied_rounding == pytest.approx(0.00055) and not found.one_plain_model
+    assert replace(found, implied_plain=(1.6345, 1.6350, 1.6356)).one_plain_model
     assert "Fig. 8 prints -0.0069: does not agree" in str(found) and "0.9986: agrees" in str(found)
+    assert str(found).endswith("by rounding: not one number")
 
 
 def test_numbers_as_printed():
@@ -275,4 +283,6 @@ def test_numbers_as_printed():
         gains = [paper.TABLE_1[loss][r].value for r in paper.FIG_8_R]
         assert gains == sorted(gains)
         assert paper.FIG_1_GAP[loss][0].value < paper.FIG_1_GAP[loss][1].value
+        ratios = [ratio.value for ratio in paper.FIG_1_RATIOS[loss]]
+        assert ratios == sorted(ratios) and ratios[-1] == paper.FIG_1_SPEEDUP[loss].value
     assert all(paper.TABLE_1["next2"][r].value > paper.TABLE_1["next"][r].value for r in paper.FIG_8_R)

@@ -37,8 +37,8 @@ What this shows: whether a difference in validation loss is there on text of ano
 programmers), and in which of three abilities that need no knowledge. What it cannot show: the paper's downstream gains.
 Its benchmarks, Collection A (ARC Challenge, BBH, DROP, WinoGrande, HellaSwag, MMLU, MMLU-Pro, C-Eval, TriviaQA,
 Ape210K, GSM8K, MATH, MBPP, HumanEval, AGIEval, GPQA) and Collection B (MMLU, MMLU-Pro, C-Eval, AGIEval, BBH, DROP,
-KOR-Bench, MATH, MBPP+, HumanEval, McEval, TriviaQA, Chinese SimpleQA), need models a thousand times larger and more:
-the paper's smallest activates 0.4 billion parameters, those of study A have 34 to 123 thousand. They would guess.
+KOR-Bench-Easy, MATH, MBPP+, HumanEval, McEval, TriviaQA, Chinese SimpleQA), need models a thousand times larger and
+more: the paper's smallest activates 0.4 billion parameters, those of study A have 34 to 123 thousand. They would guess.
 """
 
 from __future__ import annotations

@@ -256,7 +256,7 @@ def rows(data: Path) -> list[Row]:
         says = f"r = {r}: m = {many} is below m = {few}"
         found.append(Row("Fig. 6", says, words, -1, contrast(a, {with_m(r, many): 1, with_m(r, few): -1})))
     saturates = {with_m(2, 8): 1, with_m(2, 4): -2, with_m(2, 2): 1}
-    found.append(Row("Fig. 6", "r = 2: m = 4 to 8 gains less than 2 to 4", words, 1, contrast(a, saturates)))
+    found.append(Row("Fig. 6", "past m = 4 less is gained (asked at r = 2)", words, 1, contrast(a, saturates)))
     for loss, what in (("next", "next-token"), ("next2", "next-2-token")):
         for r in WIDTHS:
             printed = f"−{paper.TABLE_1[loss][r].printed}"
