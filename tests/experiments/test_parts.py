@@ -20,11 +20,11 @@ STUDY = Path(parts.__file__).parent / "studies" / "e_parts.toml"
 CONFIGS = {run.variant: run.config for run in read_sweep(STUDY).runs}
 
 
-def kept(name, seed, loss, seconds=1.0, **model):
+def kept(name, seed, loss, steps=5, **model):
     """A run of 10 tokens with `vocab_size` 11, D = 4 and one block."""
     model = {"vocab_size": 11, "dim": 4, "n_heads": 2, "n_layers": 1, "m": None, "n": None, **model}
-    summary = {"val_next": loss, "tokens": 10, "cpu_seconds": seconds}
-    return KeptRun(name, {"seed": seed, "seq_len": 3, "model": model}, [], summary)
+    summary = {"val_next": loss, "tokens": 10}
+    return KeptRun(name, {"seed": seed, "steps": steps, "seq_len": 3, "model": model}, [], summary)
 
 
 def test_price_by_hand():
@@ -39,13 +39,12 @@ def test_price_by_hand():
     assert wide.backbone == found.backbone and wide.arithmetic > found.arithmetic
 
 
-def test_ratio_takes_the_median_of_pairs():
-    base = [kept("plain", seed, 1.0, seconds) for seed, seconds in ((0, 2.0), (1, 4.0), (2, 8.0))]
-    runs = [kept("r2", seed, 1.0, seconds, m=2, n=4) for seed, seconds in ((0, 3.0), (1, 4.0), (2, 9.0), (3, 99.0))]
-    assert parts.price_ratio(runs, base)["CPU time"] == 9 / 8  # of 1.5, 1.0 and 1.125
-    assert parts.price_ratio(runs, base)["backbone"] == 1.0
-    uncounted = [kept("r2", 0, 1.0, None, m=2, n=4)]
-    assert parts.price_ratio(uncounted, base)["CPU time"] is None
+def test_time_is_steps_times_what_a_step_takes():
+    base, runs = [kept("plain", 0, 1.0)], [kept("r2", 0, 1.0, steps=20, m=2, n=4)]
+    found = parts.price_ratio(runs, base, {"plain": 0.25, "r2": 0.375})
+    assert found["CPU time"] == 6.0 and found["backbone"] == 1.0  # 20 · 0.375 over 5 · 0.25
+    for times in (None, {"plain": 0.25}, {"r2": 0.375}):
+        assert parts.price_ratio(runs, base, times)["CPU time"] is None
 
 
 def test_contrasts_name_models_of_the_study_and_change_one_thing():
@@ -97,6 +96,7 @@ def folder(tmp_path):
         (path / "config.json").write_text(json.dumps(run.config))
         (path / "summary.json").write_text(json.dumps(run.summary))
         (path / "log.jsonl").write_text("")
+    (tmp_path / "step_times.json").write_text(json.dumps({"seconds": {"plain": 0.1, "r2": 0.15}}))
     return tmp_path
 
 
@@ -105,6 +105,8 @@ def test_tables(folder, monkeypatch, capsys):
     parts.main()
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].startswith("| plain | 3 | 1.00× | 1.00× | 1.00× | 1.00× | 6.0000 |  |")
+    assert next(x for x in lines if x.startswith("| r2 |")).split(" | ")[5] == "1.50×"
+    assert next(x for x in lines if x.startswith("| r2-static |")).split(" | ")[5] == ""
     half = 4.302653 / math.sqrt(3)  # Student's t, two degrees of freedom; standard deviation 1
     assert f"| all together | r = 2 | r2 − plain | 3 | -2.0000 ± {half:.4f} |" in lines
     assert "| dynamics | at r = 2 | r2 − r2-static | 2 | +0.5000 ± 0.0000 |" in lines
@@ -146,3 +148,6 @@ def test_picture(folder, tmp_path):
     line = by_label["VWN, wide table: r = 1, 2, 4, 8"]
     assert line.get_ydata()[0] == 4.0 and line.get_xdata()[0] > 1
     assert figure.axes[1].lines[3].get_xdata()[0] == 1.0  # the same backbone
+    assert not figure.axes[3].lines  # nothing timed
+    shutil.copy(folder / "step_times.json", tmp_path / "a")
+    assert any(line.get_xdata()[0] == pytest.approx(1.5) for line in parts.what_pays(tmp_path).axes[3].lines)

@@ -29,6 +29,8 @@ def data(tmp_path):
     for run in read_sweep(readme.STUDIES / "e_parts.toml").runs:
         if run.name in ("r2-static-s0", "plain-d20-s1"):
             keep(tmp_path / "a" / run.name, run.config, 0.0)
+    seconds = {"plain": 0.1, "r2": 0.13, "r4": 0.2, "r8": 0.8}
+    (tmp_path / "a" / "step_times.json").write_text(json.dumps({"seconds": seconds}))
     return tmp_path
 
 
@@ -58,8 +60,15 @@ def test_slopes_prices_and_differences(data):
     assert f"1/r ({np.corrcoef(1 / r, np.log2(r))[0, 1] ** 2:.2f})" in text
     lines = readme.r_sweep(data).splitlines()
     assert "| plain | 2 | 1.00× | 1.00× | 1.00× | 4.250 | 5.250 |" in lines
-    assert next(x for x in lines if x.startswith("| r4 |")).endswith("4.00× | −1.500 ± 0.000 | −1.500 ± 0.000 |")
+    assert next(x for x in lines if x.startswith("| r4 |")).endswith("2.00× | −1.500 ± 0.000 | −1.500 ± 0.000 |")
+    assert " – | " in next(x for x in lines if x.startswith("| r2-lowrank |"))  # its step was not timed
     assert not any("static" in line or "d20" in line or "r8-lowrank" in line for line in lines)
+
+
+def test_prices_without_times(data):
+    (data / "a" / "step_times.json").unlink()
+    text = readme.r_sweep(data).replace("\n", " ")
+    assert "takes 3.5 times its arithmetic, and four widths" in text
 
 
 def test_runs_are_counted_once(data):

@@ -81,6 +81,11 @@ def _timed(function: Callable[[], None], clock: Callable[[], float]) -> float:
     return clock() - start
 
 
+def undisturbed(times: list[float]) -> float:
+    """Median of the fastest quarter."""
+    return statistics.median(sorted(times)[: max(1, len(times) // 4)])
+
+
 def measure(m: int, n: int, ways: tuple[str, ...], rounds: int, clock: Callable[[], float]) -> dict:
     """Milliseconds for one (m, n), and step ratios to the plain model, for each way."""
     common = dict(vocab_size=VOCAB, dim=DIM, n_layers=BLOCKS, n_heads=4)
@@ -99,9 +104,6 @@ def measure(m: int, n: int, ways: tuple[str, ...], rounds: int, clock: Callable[
                 if round_ >= 0:
                     forward[way].append(took[0])
                     backward[way].append(took[1])
-
-    def undisturbed(times: list[float]) -> float:
-        return statistics.median(sorted(times)[: max(1, len(times) // 4)])
 
     def ms(times: list[float]) -> float:
         return round(1e3 * undisturbed(times), 3)

@@ -6,7 +6,7 @@ each model's price in four currencies, over that of plain, and its losses:
     parameters        all of them
     backbone          arithmetic of attention, FFN and norms of the blocks, over the whole training
     arithmetic        all of it, over the whole training
-    CPU time          seconds of processor in the whole run, validation too, by seed against plain; the median
+    CPU time          of all training steps, where `vwn_ref.experiments.step_times` has measured a step of each model
 
 The second has `CONTRASTS`: what each part adds where nothing else is changed, and what is left of the gain against a
 plain model that gets as much of a currency. Differences are paired by seed, with 95 % intervals; there are many rows,
@@ -28,11 +28,13 @@ from matplotlib.figure import Figure
 
 from vwn_ref.config import VWNConfig
 from vwn_ref.cost import add, model_flops, model_parameters
+from vwn_ref.experiments import step_times
 from vwn_ref.experiments.compare import KeptRun, load_runs, paired
 from vwn_ref.experiments.console import told
 from vwn_ref.experiments.scaling import common_seeds
 
 Runs = dict[str, list[KeptRun]]
+Times = dict[str, float] | None  # seconds a training step, by variant
 CURRENCIES = ("parameters", "backbone", "arithmetic", "CPU time")
 BACKBONE = ("attention projections", "attention scores", "ffn", "norms")
 LOSSES = {"val_next": "next token", "val_next2": "next-2 token"}
@@ -94,12 +96,11 @@ CONTRASTS = (
 
 
 class Price(NamedTuple):
-    """Of a whole training run: a number, FLOPs, FLOPs, seconds (None where a run did not count them)."""
+    """Of a whole training run: a number, FLOPs, FLOPs."""
 
     parameters: int
     backbone: float
     arithmetic: float
-    cpu_seconds: float | None
 
 
 def price(run: KeptRun) -> Price:
@@ -109,28 +110,27 @@ def price(run: KeptRun) -> Price:
     backbone = add(*(flops[part] for part in BACKBONE)).total
     total = add(*flops.values()).total
     size = sum(model_parameters(model).values())
-    return Price(size, 3.0 * tokens * backbone, 3.0 * tokens * total, run.summary.get("cpu_seconds"))
+    return Price(size, 3.0 * tokens * backbone, 3.0 * tokens * total)
 
 
-def price_ratio(runs: list[KeptRun], base: list[KeptRun]) -> dict[str, float | None]:
-    """Price of `runs` over that of `base`, by currency; CPU time: median over the seeds that both have."""
-    ours, theirs = ({run.seed: price(run) for run in group} for group in (runs, base))
-    seeds = common_seeds([runs, base])
-    one, other = ours[seeds[0]], theirs[seeds[0]]
-    times = [(ours[seed].cpu_seconds, theirs[seed].cpu_seconds) for seed in seeds]
-    counted = [a / b for a, b in times if a is not None and b is not None]
-    exact = (one.parameters / other.parameters, one.backbone / other.backbone, one.arithmetic / other.arithmetic)
-    return dict(zip(CURRENCIES, (*exact, statistics.median(counted) if counted else None), strict=True))
+def price_ratio(runs: list[KeptRun], base: list[KeptRun], times: Times) -> dict[str, float | None]:
+    """Price of a run of `runs` over that of one of `base`, by currency. CPU time: None where `times` lacks a model."""
+    run, other = runs[0], base[0]
+    exact = [one / two for one, two in zip(price(run), price(other), strict=True)]
+    spent = None
+    if times and run.name in times and other.name in times:
+        spent = run.config["steps"] * times[run.name] / (other.config["steps"] * times[other.name])
+    return dict(zip(CURRENCIES, (*exact, spent), strict=True))
 
 
-def price_table(runs: Runs, base: str = "plain") -> str:
+def price_table(runs: Runs, base: str = "plain", times: Times = None) -> str:
     """Markdown: each model's price over that of `base`, and its losses."""
     heads = [f"{text} | against {base}" for name, text in LOSSES.items() if name in runs[base][0].summary]
     lines = [f"| model | seeds | {' | '.join(CURRENCIES)} | {' | '.join(heads)} |"]
     lines.append("|" + "---|" * (2 + len(CURRENCIES) + 2 * len(heads)))
     for name, group in sorted(runs.items(), key=lambda item: (item[0] != base, item[0])):
         cells = [name, str(len(group))]
-        cells += ["" if x is None else f"{x:.2f}×" for x in price_ratio(group, runs[base]).values()]
+        cells += ["" if x is None else f"{x:.2f}×" for x in price_ratio(group, runs[base], times).values()]
         for loss in (loss for loss in LOSSES if loss in group[0].summary):
             cells.append(f"{statistics.fmean(run.summary[loss] for run in group):.4f}")
             cells.append("" if name == base else str(paired(group, runs[base], loss)))
@@ -199,7 +199,7 @@ FAMILIES = {
 }
 
 
-def loss_against(ax: Axes, runs: Runs, currency: str, loss: str = "val_next") -> None:
+def loss_against(ax: Axes, runs: Runs, currency: str, loss: str = "val_next", times: Times = None) -> None:
     """Draw the mean of the loss against the price in one currency, over plain's, a line for each of `FAMILIES`.
 
     What has not run is left out.
@@ -210,14 +210,14 @@ def loss_against(ax: Axes, runs: Runs, currency: str, loss: str = "val_next") ->
     ends = []
     for (label, names), (colour, line), marker in zip(FAMILIES.items(), looks, MARKERS, strict=False):
         groups = [runs[name] for name in names if name in runs]
-        x = [price_ratio(group, runs["plain"])[currency] for group in groups]
+        x = [price_ratio(group, runs["plain"], times)[currency] for group in groups]
         y = [statistics.fmean(run.summary[loss] for run in group) for group in groups]
         known = [(a, b) for a, b in zip(x, y, strict=True) if a is not None]
         ends += [a for a, _ in known]
         if known:
             ax.plot(*zip(*known, strict=True), line, marker=marker, ms=5, color=colour, label=label, linewidth=1.3)
     ax.set(xscale="log", xlabel=f"{currency}, over plain's (log scale)")
-    ticks = [x for x in (1, 1.5, 2, 3, 4, 6) if x <= 1.05 * max(ends)]
+    ticks = [x for x in (1, 1.5, 2, 3, 4, 6) if x <= 1.05 * max(ends, default=1)]
     ax.set_xticks(ticks, [f"{x:g}×" for x in ticks])
     ax.minorticks_off()
 
@@ -235,8 +235,9 @@ def what_pays(data: Path, loss: str = "val_next") -> Figure:
     if not {"plain", "plain-d32"} <= runs.keys():
         raise NotRun("no runs of plain models of two widths yet, study E")
     fig, axes = plt.subplots(1, 4, figsize=(12, 4.4), sharey=True)
+    times = step_times.load(data / "a")
     for ax, currency in zip(axes, CURRENCIES, strict=True):
-        loss_against(ax, runs, currency, loss)
+        loss_against(ax, runs, currency, loss, times)
     axes[0].set_ylabel(f"validation loss, {LOSSES[loss]} (nats a token)")
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8.5)
     return fig
@@ -264,7 +265,7 @@ def report(config: PartsConfig) -> str:
     runs = load_runs(config.folder)
     if config.base not in runs:
         raise ValueError(f"base = {config.base!r}: must be one of {', '.join(runs)}")
-    return price_table(runs, config.base) + "\n\n" + contrast_table(runs)
+    return price_table(runs, config.base, step_times.load(Path(config.folder))) + "\n\n" + contrast_table(runs)
 
 
 def main() -> None:

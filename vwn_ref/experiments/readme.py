@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from vwn_ref.experiments import paper, scaling, windows
+from vwn_ref.experiments import paper, scaling, step_times, windows
 from vwn_ref.experiments.compare import Estimate, paired
 from vwn_ref.experiments.console import told
 from vwn_ref.experiments.paper_figures import contrast, mtp_contrasts, runs_in
@@ -30,7 +30,8 @@ DATA = Path(__file__).resolve().parents[2] / "figures" / "data"
 NAMES = (
     "`r1` to `r8` have m = 4, n = 4r, dynamic GHC and the wide table (`r1.5`: no GroupNorm, not in the fits), "
     "`-lowrank` the table D wide.\nDifferences are paired by seed, with 95 % intervals; prices are those of a whole "
-    "training run over plain's."
+    "training run over plain's. CPU time is that of its\nsteps: all models took turns in one process, on one thread "
+    "(`python -m vwn_ref.experiments.step_times`)."
 )
 
 QUESTIONS = {
@@ -129,10 +130,12 @@ def r_sweep(data: Path) -> str:
     wide, low = r_families(runs)
     next_, next2 = LOSSES
     config, tokens = plain[0].config, plain[0].summary["tokens"]
-    ratio = price_ratio(runs["r8"], plain)
+    times = step_times.load(data / "a")
+    ratio = price_ratio(runs["r8"], plain, times)
     model = config["model"]
     of = " or ".join(str(count) for count in sorted(seeds))
     log, inverse = squares[wide, next_]
+    spent = f" and {ratio['CPU time']:.1f} times its CPU time" if ratio["CPU time"] else ""
     sentences = (
         f"With the backbone fixed (D = {model['dim']}, {model['n_layers']} blocks, {tokens / 1e6:.1f}M tokens of "
         f"Python), each doubling of r from 1 to 8 changes the validation loss by {slopes[wide, next_]} nats a token "
@@ -140,14 +143,13 @@ def r_sweep(data: Path) -> str:
         f"for the token after the next it is {slopes[wide, next2]} and {slopes[low, next2]} (95 % intervals over {of} "
         f"seeds). This is no measurement of the paper's slope, {paper.FIG_8_SLOPE.printed.replace('-', '−')} at 0.8 "
         f"billion active parameters, and it is not at equal cost: r = 8 has {ratio['parameters']:.1f} times plain's "
-        f"{plain[0].summary['parameters']:,} parameters and takes {ratio['arithmetic']:.1f} times its arithmetic and "
-        f"{ratio['CPU time']:.1f} times its CPU time, and four widths do not tell a line in log₂ r (R² {log:.2f}) from "
-        f"one in 1/r ({inverse:.2f})."
+        f"{plain[0].summary['parameters']:,} parameters and takes {ratio['arithmetic']:.1f} times its arithmetic"
+        f"{spent}, and four widths do not tell a line in log₂ r (R² {log:.2f}) from one in 1/r ({inverse:.2f})."
     )
     lines = ["| model | seeds | parameters | arithmetic | CPU time | next token, against plain | next-2 token |"]
     lines.append("|---|---|---|---|---|---|---|")
     for name, group in runs.items():
-        price = price_ratio(group, plain)
+        price = price_ratio(group, plain, times)
         cells = [name, str(len(group)), *(number(price[x]) for x in ("parameters", "arithmetic", "CPU time"))]
         for loss in LOSSES:
             mean = f"{statistics.fmean(run.summary[loss] for run in plain):.3f}"

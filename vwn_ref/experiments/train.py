@@ -262,12 +262,7 @@ def train_loop(config: TrainConfig, corpus: Corpus, world: World, run: Run, sign
     """Steps, log, validation and checkpoints; see `train`."""
     torch.manual_seed(config.seed)
     model = VWNTransformer(config.model).to(world.device)
-    optimizer = torch.optim.AdamW(
-        model.parameter_groups(config.weight_decay, decay_static=config.decay_static),
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        fused=world.device.type in ("cpu", "cuda"),
-    )
+    optimizer = optimizer_of(model, config, world.device)
     sums = torch.zeros(len(PART), device=world.device)  # of the losses since the last line of the log
     since = 0  # steps in `sums`
     first, clock = 0, Clock()
@@ -304,11 +299,7 @@ def train_loop(config: TrainConfig, corpus: Corpus, world: World, run: Run, sign
             with clock.paused():
                 run.write({"step": 0, "tokens": 0, **validate(objective, corpus, config, world)})
         for step in range(first, config.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = lr_at(config, step)
-            losses, norm = backward(parallel, corpus, config, world, step)
-            optimizer.step()
-            optimizer.zero_grad()
+            losses, norm = advance(parallel, optimizer, corpus, config, world, step)
             sums += losses
             since += 1
             done = step + 1
@@ -342,6 +333,33 @@ def train_loop(config: TrainConfig, corpus: Corpus, world: World, run: Run, sign
     run.finish(model.state_dict(), summary)
     world.wait()  # nobody leaves before the summary is written
     return TrainResult(model.eval(), run.log, summary)
+
+
+def optimizer_of(model: VWNTransformer, config: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW; what does not decay is said by the model."""
+    return torch.optim.AdamW(
+        model.parameter_groups(config.weight_decay, decay_static=config.decay_static),
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        fused=device.type in ("cpu", "cuda"),
+    )
+
+
+def advance(
+    objective: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    corpus: Corpus,
+    config: TrainConfig,
+    world: World,
+    step: int,
+) -> tuple[Tensor, Tensor]:
+    """One training step -> what `backward` gives."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr_at(config, step)
+    found = backward(objective, corpus, config, world, step)
+    optimizer.step()
+    optimizer.zero_grad()
+    return found
 
 
 def backward(
