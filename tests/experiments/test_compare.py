@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from vwn_ref.experiments.checkpoint import CheckpointError
 from vwn_ref.experiments.compare import interval, keep, load_runs, paired, table
 
 
@@ -44,6 +45,42 @@ def test_keeps_finished_runs_without_weights(tmp_path):
     assert keep(source, tmp_path / "kept") == 1
     names = sorted(p.name for p in (tmp_path / "kept").rglob("*.*"))
     assert names == ["config.json", "log.jsonl", "summary.json", "windows.json"]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("summary.json", "[]", r"summary\.json is damaged: must hold objects"),
+        ("summary.json", "3", r"summary\.json is damaged"),
+        ("summary.json", '{"val_next": 1', r"summary\.json is damaged"),
+        ("summary.json", "{}", r"summary\.json: val_next = None: must be a finite number"),
+        ("summary.json", '{"val_next": NaN}', "val_next = nan: must be a finite number"),
+        ("summary.json", '{"val_next": "3.2"}', "val_next = '3.2': must be a finite number"),
+        ("summary.json", '{"val_next": 1.0, "train_next": true}', "train_next = True: must be"),
+        ("log.jsonl", "1\n", r"log\.jsonl is damaged: must hold objects"),
+        ("log.jsonl", '{"step": 7, "tokens": 0, "val_next": 9.0}\n', r"log\.jsonl: ends at step 7, not None"),
+        ("config.json", "[]", r"config\.json is damaged: must hold objects"),
+        ("config.json", "{}", "must be named after its run's seed, None"),
+        ("config.json", '{"seed": 1}', "plain-s0: must be named after its run's seed, 1"),
+    ],
+)
+def test_damaged_runs_are_named_and_not_kept(tmp_path, file, content, message):
+    (write(tmp_path / "runs", "plain", 0, 1.0) / file).write_text(content)
+    with pytest.raises(CheckpointError, match=message):
+        load_runs(tmp_path / "runs")
+    with pytest.raises(CheckpointError, match=message):
+        keep(tmp_path / "runs", tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
+
+
+def test_runs_on_other_text_are_not_paired(tmp_path):
+    for name, digest in (("plain", "a"), ("wide", "b"), ("other", "a")):
+        path = write(tmp_path, name, 0, 1.0) / "summary.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"corpus": {"digest": digest}}))
+    runs = load_runs(tmp_path)
+    assert paired(runs["other"], runs["plain"]).mean == 0
+    with pytest.raises(ValueError, match="wide and plain: must be runs on the same corpus"):
+        paired(runs["wide"], runs["plain"])
 
 
 def test_refuses(tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 import matplotlib
 import pytest
 
-from vwn_ref.experiments import parts
+from vwn_ref.experiments import parts, step_times
 from vwn_ref.experiments.compare import KeptRun
 from vwn_ref.experiments.paper_figures import NotRun
 from vwn_ref.experiments.sweep import read_sweep
@@ -24,7 +24,7 @@ def kept(name, seed, loss, steps=5, **model):
     """A run of 10 tokens with `vocab_size` 11, D = 4 and one block."""
     model = {"vocab_size": 11, "dim": 4, "n_heads": 2, "n_layers": 1, "m": None, "n": None, **model}
     summary = {"val_next": loss, "tokens": 10}
-    return KeptRun(name, {"seed": seed, "steps": steps, "seq_len": 3, "model": model}, [], summary)
+    return KeptRun(name, {"seed": seed, "steps": steps, "seq_len": 3, "batch_size": 1, "model": model}, [], summary)
 
 
 def test_price_by_hand():
@@ -55,7 +55,7 @@ def test_contrasts_name_models_of_the_study_and_change_one_thing():
     assert {name for family in parts.FAMILIES.values() for name in family} - others <= CONFIGS.keys()
     alone = {
         "dynamics": {"dynamic"},
-        "width of the state, without the table": {"n", "embed_rank"},
+        "wider state and its connections, table D wide": {"n", "embed_rank"},
         "wide table, with the width": {"embed_rank"},
         "wide table, without the width": {"embed_rank"},
         "n-grams": {"ngram_buckets"},
@@ -86,6 +86,7 @@ def test_what_the_contrasts_say_of_parameters():
 @pytest.fixture
 def folder(tmp_path):
     """plain and r2 with three seeds, r2-static with two: differences −1, −2, −3 and 0.5, 0.5."""
+    timed = {}
     made = [("plain", s, 5.0 + s, {}) for s in range(3)]
     made += [("r2", s, 4.0, {"m": 2, "n": 4}) for s in range(3)]
     made += [("r2-static", s, 3.5, {"m": 2, "n": 4, "dynamic": False}) for s in (0, 1)]
@@ -96,7 +97,10 @@ def folder(tmp_path):
         (path / "config.json").write_text(json.dumps(run.config))
         (path / "summary.json").write_text(json.dumps(run.summary))
         (path / "log.jsonl").write_text("")
-    (tmp_path / "step_times.json").write_text(json.dumps({"seconds": {"plain": 0.1, "r2": 0.15}}))
+    for run, seconds in ((kept("plain", 0, 0.0), 0.1), (kept("r2", 0, 0.0, m=2, n=4), 0.15)):
+        identity = step_times.identity(run.config["model"], run.config["seq_len"], run.config["batch_size"])
+        timed[run.name] = {"seconds": [seconds], "is": identity}
+    (tmp_path / "step_times.json").write_text(json.dumps({"variants": timed}))
     return tmp_path
 
 

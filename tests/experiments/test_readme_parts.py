@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 
-import numpy as np
 import pytest
 
-from vwn_ref.experiments import readme
+from vwn_ref.experiments import readme, step_times
 from vwn_ref.experiments.storage import between
 from vwn_ref.experiments.sweep import read_sweep
 
@@ -19,7 +19,8 @@ def data(tmp_path):
 
     Seed 1 is 0.5 higher in all, the low-rank r = 8 is not there. Two runs of another study lie in the same folder.
     """
-    for run in read_sweep(readme.STUDIES / "a_r_sweep.toml").runs:
+    sweep = read_sweep(readme.STUDIES / "a_r_sweep.toml")
+    for run in sweep.runs:
         r, seed = run.config.model.r, run.config.seed
         if seed > 1 or run.name.startswith("r8-lowrank"):
             continue
@@ -29,14 +30,16 @@ def data(tmp_path):
     for run in read_sweep(readme.STUDIES / "e_parts.toml").runs:
         if run.name in ("r2-static-s0", "plain-d20-s1"):
             keep(tmp_path / "a" / run.name, run.config, 0.0)
-    seconds = {"plain": 0.1, "r2": 0.13, "r4": 0.2, "r8": 0.8}
-    (tmp_path / "a" / "step_times.json").write_text(json.dumps({"seconds": seconds}))
+    seconds, timed = {"plain": 0.1, "r2": 0.13, "r4": 0.2, "r8": 0.8}, {}
+    for run in sweep.runs:
+        if run.variant in seconds:
+            identity = step_times.identity(asdict(run.config.model), run.config.seq_len, run.config.batch_size)
+            timed[run.variant] = {"seconds": [seconds[run.variant]], "is": identity}
+    (tmp_path / "a" / "step_times.json").write_text(json.dumps({"variants": timed}))
     return tmp_path
 
 
 def keep(folder, config, loss):
-    from dataclasses import asdict
-
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(asdict(config)))
     (folder / "log.jsonl").write_text("")
@@ -53,14 +56,13 @@ def keep(folder, config, loss):
 
 def test_slopes_prices_and_differences(data):
     text = readme.r_sweep(data).replace("\n", " ")
-    assert "by −0.250 ± 0.000 nats a token where the embedding table grows with r" in text
-    assert "by −0.150 ± 0.000 where it stays D wide" in text and "(95 % intervals over 2 seeds)" in text
-    assert "takes 3.5 times its arithmetic and 8.0 times its CPU time" in text and "log₂ r (R² 1.00)" in text
-    r = np.array([1, 2, 4, 8])
-    assert f"1/r ({np.corrcoef(1 / r, np.log2(r))[0, 1] ** 2:.2f})" in text
+    assert "takes 3.5 times its arithmetic and 8.0 times its CPU time." in text and "intervals over 2 seeds)" in text
     lines = readme.r_sweep(data).splitlines()
-    assert "| plain | 2 | 1.00× | 1.00× | 1.00× | 4.250 | 5.250 |" in lines
-    assert next(x for x in lines if x.startswith("| r4 |")).endswith("2.00× | −1.500 ± 0.000 | −1.500 ± 0.000 |")
+    wide, low = "−0.250 ± 0.000", "−0.150 ± 0.000"
+    assert f"| next token | wide table (2) | {wide} | {wide} | +0.000 ± 0.000 | −1.750 ± 0.000 |" in lines
+    assert f"| next-2 token | low-rank table (3) | {low} | {low} | – | – |" in lines  # no r8-lowrank
+    assert "| plain | 2 | 1.00× | 1.00× | 1.0× | 4.250 | 5.250 |" in lines
+    assert next(x for x in lines if x.startswith("| r4 |")).endswith("2.0× | −1.500 ± 0.000 | −1.500 ± 0.000 |")
     assert " – | " in next(x for x in lines if x.startswith("| r2-lowrank |"))  # its step was not timed
     assert not any("static" in line or "d20" in line or "r8-lowrank" in line for line in lines)
 
@@ -68,7 +70,7 @@ def test_slopes_prices_and_differences(data):
 def test_prices_without_times(data):
     (data / "a" / "step_times.json").unlink()
     text = readme.r_sweep(data).replace("\n", " ")
-    assert "takes 3.5 times its arithmetic, and four widths" in text
+    assert "takes 3.5 times its arithmetic. It is no law" in text
 
 
 def test_runs_are_counted_once(data):
@@ -84,19 +86,27 @@ def test_runs_are_counted_once(data):
 def test_answers_are_differences_of_the_kept_runs(data):
     """r4-lowrank is 2.7 and r1 3.0 for both seeds, so the difference has no spread; r8-lowrank has no runs."""
     lines = readme.answers(data).splitlines()
+    assert lines[-4] == "" and lines[-3].startswith("3 of these 3 intervals do not hold 0; by luck alone 0.1 would")
     assert lines[-2] == "" and lines[-1].startswith(
         "Not run yet: B, D = 32: r = 8 − plain; B, D = 64: r = 8 − plain; C, "
     )
     assert not any("VWN (2, 3)" in line for line in lines[:-1]) and "D, VWN (2, 3) − plain" in lines[-1]
-    alone = next(line for line in lines if "wide state alone" in line)
-    assert alone.endswith("| r = 2 **−0.150 ± 0.000**; r = 4 **−0.300 ± 0.000**; r = 8 not run yet |")
+    alone = next(line for line in lines if "a wider state and its" in line)
+    assert alone.endswith("| r = 2 **−0.150 ± 0.000**\\*; r = 4 **−0.300 ± 0.000**\\*; r = 8 not run yet |")
     spread = next(line for line in lines if "routing alone" in line)
-    assert spread.endswith("| static not run yet; dynamic **−1.000 ± 0.000** |")
+    assert spread.endswith("| static not run yet; dynamic **−1.000 ± 0.000**\\* |")
     for run in read_sweep(readme.STUDIES / "c_m.toml").runs:
         if run.variant == "r2-m8" and run.config.seed < 2:  # r2 is 2.75 and 3.25
             keep(data / "a" / run.name, run.config, 2.75 + (0.2 if run.config.seed else -0.2))
     line = next(line for line in readme.answers(data).splitlines() if "m = 8 − m = 4" in line)
     assert line.startswith("| C | m = 8 − m = 4 | r = 2 −0.250 ± 0.635; r = 4 not run yet")  # −0.2 and −0.3: t is 12.7
+
+
+def test_holm():
+    """Four tests: 0.012 is above 0.05 / 4 no more than 0.0125, then 0.016 meets 0.05 / 3, 0.03 fails 0.05 / 2."""
+    assert readme.holm([0.03, 0.012, 0.9, 0.016]) == [False, True, False, True]
+    assert readme.holm([0.013, 0.013, 0.013, 0.013]) == [False] * 4  # the first fails, so do all
+    assert readme.holm([0.04]) == [True] and readme.holm([]) == []
 
 
 def test_what_the_middle_layers_give(data):
@@ -106,10 +116,13 @@ def test_what_the_middle_layers_give(data):
             folder = data / "f_depth" / run.name
             keep(folder, run.config, 3.0)
             rest = [0.1, 0.2] if run.config.seed == 0 else [-0.1, 0.2]
-            row = {"share": [[1.0], [0.6 - sum(rest), 0.1, 0.1, 0.2, *rest]]}
+            back = {name: {"0.1": [1.0], "0.5": [1.0]} for name in ("strength", "contributions")}
+            row = {"share": [[1.0], [0.6 - sum(rest), 0.1, 0.1, 0.2, *rest]], "radius": [[1, 1, 1]], "state": [1.0]}
+            row["tokens"] = 9
+            row["back"] = back
             (folder / "windows.json").write_text(json.dumps(row))
     assert any(
-        x.startswith("| F | part of") and x.endswith("| m = 2 0.20 |") for x in readme.answers(data).splitlines()
+        x.startswith("| F | part of") and x.endswith("| m = 2 0.20 ± 1.27 |") for x in readme.answers(data).splitlines()
     )
 
 

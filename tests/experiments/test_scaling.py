@@ -140,13 +140,13 @@ def test_where_the_loss_is_never_reached():
     found = token_efficiency(TOKENS, plain, TOKENS, wide)
     assert (found.ratio, found.low, found.high, found.bootstrap) == (None,) * 4
     assert found.by_seed == (None, None) and found.bound == 1
-    assert str(found) == "more than 1.00× (the loss is reached by 0 of 2 seeds)"
+    assert str(found) == "more than 1.00× (no seed reaches the loss)"
     found = token_efficiency(TOKENS, plain, TOKENS, wide, at=1.2e6)  # 2.5 × 1.2M = 3.0M: there, but for the second seed
     assert found.ratio is None and found.by_seed[0] == pytest.approx(2.5, rel=1e-3) and found.by_seed[1] is None
     assert found.bound == pytest.approx(3000 * 1024 / 1.2e6)
-    assert str(found) == "more than 2.56× (the loss is reached by 1 of 2 seeds)"
+    assert str(found) == "no ratio: 1 of 2 seeds reach the loss, 2.50×; the others more than 2.56×"
     found = token_efficiency(TOKENS, wide, TOKENS, plain, reach="plain")  # a VWN that is worse
-    assert str(found) == "less than 1.00× (the loss is reached by 0 of 2 seeds)"
+    assert str(found) == "less than 1.00× (no seed reaches the loss)"
 
 
 def test_intervals_are_over_the_log_ratios():

@@ -11,6 +11,7 @@ import torch
 
 from vwn_ref.depth import hard_window, record, residual_window, trace
 from vwn_ref.experiments import windows
+from vwn_ref.experiments.checkpoint import CheckpointError
 from vwn_ref.experiments.data import load_corpus
 from vwn_ref.experiments.paper_figures import NotRun
 from vwn_ref.experiments.train import load_run, train, val_starts
@@ -97,10 +98,10 @@ def test_picture(tmp_path):
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps({"seed": seed, "m": m}))
         (folder / "log.jsonl").write_text("")
-        (folder / "summary.json").write_text("{}")
+        (folder / "summary.json").write_text('{"val_next": 3.0}')
         back = {name: {"0.1": [0.0, far], "0.5": [0.0, 1.0]} for name in ("strength", "contributions")}
         radius = [[0.5, 1.0, 1.5 + seed], [0.5, 2.0, 2.5]]
-        row = {"m": m, "n": 2 * m, "back": back, "radius": radius, "state": [1.0, 2.0]}
+        row = {"tokens": 9, "m": m, "n": 2 * m, "back": back, "radius": radius, "state": [1.0, 2.0]}
         row["share"] = [[1.0], [0.5 + seed / 4, 0.1, 0.06, 0.04, 0.3 - seed / 8, -seed / 8]]
         (folder / windows.FILE).write_text(json.dumps(row))
     left, middle, right = windows.how_far_back(tmp_path).axes
@@ -112,13 +113,24 @@ def test_picture(tmp_path):
     assert (low + high) / 2 == pytest.approx(3) and (high - low) / 2 == pytest.approx(12.7062, abs=1e-3)  # t, 1 d. f.
     assert left.lines[-2].get_ydata().tolist() == [2, 2]  # n slots, but there are two layers
     assert right.lines[0].get_ydata().tolist() == [1.0, 2.0]
+    marks = [line.get_ydata() for line in middle.lines if line.get_marker() == "_"]  # where a seed's last part begins
+    assert [list(row) for row in marks] == [pytest.approx([0.7, 0.95]), pytest.approx([0.7])]
+    path = tmp_path / "f_depth" / "m4-s0" / windows.FILE
+    whole = json.loads(path.read_text())
+    path.write_text(json.dumps(whole | {"tokens": 10}))
+    with pytest.raises(ValueError, match=r"must be measured on the same tokens, not 9, 10 \(--again\)"):
+        windows.load(tmp_path / "f_depth")
+    for broken in ([], {}, whole | {"state": []}, {"share": whole["share"]}):
+        path.write_text(json.dumps(broken))
+        with pytest.raises((CheckpointError, TypeError), match=r"windows\.json is damaged|row"):
+            windows.load(tmp_path / "f_depth")
 
 
 def test_run_folders(tiny, tmp_path, monkeypatch, capsys):
     for seed in (0, 1):
         train(tiny(seed=seed, out=str(tmp_path / f"r2-s{seed}")))
-    shutil.copytree(tmp_path / "r2-s1", tmp_path / "gone-s0")
-    (tmp_path / "gone-s0" / "weights.safetensors").unlink()
+    shutil.copytree(tmp_path / "r2-s1", tmp_path / "gone-s1")
+    (tmp_path / "gone-s1" / "weights.safetensors").unlink()
 
     def command(*options):
         monkeypatch.setattr(sys, "argv", ["windows", str(tmp_path), *options])
@@ -144,9 +156,9 @@ def test_run_folders(tiny, tmp_path, monkeypatch, capsys):
     assert command().err.endswith("0 runs measured, 1 have no weights\n")
     assert (tmp_path / "r2-s0" / windows.FILE).stat().st_mtime_ns == before
     assert command("--table").out == first.out
-    for name in ("weights.safetensors", "config.json"):  # other weights, of the other seed
-        shutil.copyfile(tmp_path / "r2-s1" / name, tmp_path / "r2-s0" / name)
-    assert command().err.endswith("1 runs measured, 1 have no weights\n")
+    weights = "weights.safetensors"
+    shutil.copyfile(tmp_path / "r2-s1" / weights, tmp_path / "r2-s0" / weights)  # other weights
+    assert command("--tokens", "100").err.endswith("1 runs measured, 1 have no weights\n")
     command("--again", "--tokens", "50")
     assert json.loads((tmp_path / "r2-s0" / windows.FILE).read_text())["tokens"] == 64
     with pytest.raises(SystemExit, match="tokens = 0: must be ≥ 1"):

@@ -13,13 +13,16 @@ import shutil
 import statistics
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import tyro
 
+from vwn_ref.experiments.checkpoint import CheckpointError
 from vwn_ref.experiments.console import told
 from vwn_ref.experiments.run import fixed_fields, read_json
+from vwn_ref.experiments.storage import write_whole
 
 FILES = ("config.json", "log.jsonl", "summary.json")  # what is kept of a run: no weights, no checkpoint
 MEASURED = ("downstream.json", "windows.json")  # and these, by the modules of that name, where there are any
@@ -71,15 +74,34 @@ class KeptRun:
 
 
 def read_run(folder: Path) -> KeptRun:
-    """The finished run in `folder`, which is named <variant>-s<seed>."""
-    config, log, summary = (read_json(folder / name) for name in FILES)
+    """The finished run in `folder`, which is named <variant>-s<seed>.
+
+    Raises CheckpointError, naming the file, for what is damaged or is not of this run.
+    """
+    config, log, summary = values = [read_json(folder / name) for name in FILES]
+    for file, value, kind in zip(FILES, values, (dict, list, dict), strict=True):
+        if not isinstance(value, kind) or not all(isinstance(line, dict) for line in value if kind is list):
+            raise CheckpointError(f"{folder / file} is damaged: must hold objects")
+    if "seed" not in config or not folder.name.endswith(f"-s{config['seed']}"):
+        raise CheckpointError(f"{folder}: must be named after its run's seed, {config.get('seed')}")
+    for name in ("val_next", *(key for key in summary if key.startswith(("val_", "train_")))):
+        if not is_number(summary.get(name)):
+            raise CheckpointError(f"{folder / 'summary.json'}: {name} = {summary.get(name)!r}: must be a finite number")
+    if log and log[-1].get("step") != config.get("steps"):
+        raise CheckpointError(f"{folder / 'log.jsonl'}: ends at step {log[-1].get('step')}, not {config.get('steps')}")
     return KeptRun(folder.name.rpartition("-s")[0], config, log, summary)
+
+
+def is_number(value: object) -> bool:
+    """Finite, and neither a bool nor a string."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def load_runs(folder: str | Path) -> dict[str, list[KeptRun]]:
     """Runs in `folder`/<variant>-s<seed>/, by variant name, each list in the order of the seeds.
 
-    Raises FileNotFoundError where there is none, ValueError where runs of one name differ in more than the seed.
+    Raises FileNotFoundError where there is none, ValueError where runs of one name differ in more than the seed,
+    CheckpointError where one is damaged.
     """
     found: dict[str, list[KeptRun]] = {}
     for path in sorted(Path(folder).glob("*/summary.json")):
@@ -97,7 +119,13 @@ def load_runs(folder: str | Path) -> dict[str, list[KeptRun]]:
 
 
 def paired(runs: Sequence[KeptRun], base: Sequence[KeptRun], name: str = "val_next") -> Estimate:
-    """Loss of `runs` minus loss of `base` over the seeds that both have."""
+    """Loss of `runs` minus loss of `base` over the seeds that both have.
+
+    Raises ValueError where they have no seed in common, or were trained on different text.
+    """
+    texts = {(run.summary.get("corpus") or {}).get("digest") for run in (*runs, *base)}
+    if len(texts) > 1:
+        raise ValueError(f"{runs[0].name} and {base[0].name}: must be runs on the same corpus")
     there = {run.seed: run.summary[name] for run in base}
     both = [run.summary[name] - there[run.seed] for run in runs if run.seed in there]
     if not both:
@@ -129,9 +157,10 @@ def keep(source: str | Path, target: str | Path, names: Collection[str] | None =
     runs = [path.parent for path in sorted(Path(source).glob("*/summary.json"))]
     runs = [run for run in runs if names is None or run.name in names]
     for run in runs:
+        read_run(run)  # damaged ones are not kept
         (Path(target) / run.name).mkdir(parents=True, exist_ok=True)
         for name in (*FILES, *(name for name in MEASURED if (run / name).exists())):
-            shutil.copyfile(run / name, Path(target) / run.name / name)
+            write_whole(Path(target) / run.name / name, partial(shutil.copyfile, run / name))
     return len(runs)
 
 

@@ -12,6 +12,7 @@ seeds, with Student's t; curves are training losses. What is the paper's comes f
 from __future__ import annotations
 
 import math
+import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from matplotlib.ticker import MaxNLocator
 
 from vwn_ref.experiments import downstream, paper
 from vwn_ref.experiments.compare import Estimate, KeptRun, interval, load_runs
+from vwn_ref.experiments.console import told
 from vwn_ref.experiments.plots import COLOURS, MARKERS, PLAIN, signed
 from vwn_ref.experiments.scaling import TokenEfficiency, curves_of, fine_grid, smoother, token_efficiency
 
@@ -80,6 +82,19 @@ class Contrast:
         """Of the interval; NaN for one seed."""
         mean, half = self.estimate
         return mean - half, mean + half
+
+    @property
+    def p(self) -> float:
+        """Of Student's t test against 0, two-sided; NaN for one seed."""
+        from scipy import stats
+
+        values = list(self.by_seed.values())
+        if len(values) < 2:
+            return math.nan
+        mean, error = statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5
+        if not error:
+            return 0.0 if mean else 1.0
+        return 2 * float(stats.t.sf(abs(mean) / error, len(values) - 1))
 
     def __str__(self) -> str:
         mean, half = self.estimate
@@ -536,7 +551,8 @@ def main() -> None:
     data = Path("figures/data")
     if not data.is_dir():
         sys.exit("error: no folder figures/data here: run this in the top folder of the repository")
-    print(table(rows(data)))
+    with told():
+        print(table(rows(data)))
 
 
 if __name__ == "__main__":

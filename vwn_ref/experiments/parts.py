@@ -17,6 +17,7 @@ so one in twenty excludes 0 by chance.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ from vwn_ref.cost import add, model_flops, model_parameters
 from vwn_ref.experiments import step_times
 from vwn_ref.experiments.compare import KeptRun, load_runs, paired
 from vwn_ref.experiments.console import told
-from vwn_ref.experiments.scaling import common_seeds
+from vwn_ref.experiments.scaling import common_seeds, measures
 
 Runs = dict[str, list[KeptRun]]
 Times = dict[str, float] | None  # seconds a training step, by variant
@@ -57,11 +58,11 @@ CONTRASTS = (
     Contrast("dynamics", "at r = 4", "r4", "r4-static"),
     Contrast("dynamics", "at r = 2, low-rank table", "r2-lowrank", "r2-static-lowrank"),
     Contrast("dynamics", "at r = 4, low-rank table", "r4-lowrank", "r4-static-lowrank"),
-    Contrast("width of the state, without the table", "r = 2, static", "r2-static-lowrank", "r1-static"),
-    Contrast("width of the state, without the table", "r = 4, static", "r4-static-lowrank", "r1-static"),
-    Contrast("width of the state, without the table", "r = 2", "r2-lowrank", "r1"),
-    Contrast("width of the state, without the table", "r = 4", "r4-lowrank", "r1"),
-    Contrast("width of the state, without the table", "r = 8", "r8-lowrank", "r1"),
+    Contrast("wider state and its connections, table D wide", "r = 2, static", "r2-static-lowrank", "r1-static"),
+    Contrast("wider state and its connections, table D wide", "r = 4, static", "r4-static-lowrank", "r1-static"),
+    Contrast("wider state and its connections, table D wide", "r = 2", "r2-lowrank", "r1"),
+    Contrast("wider state and its connections, table D wide", "r = 4", "r4-lowrank", "r1"),
+    Contrast("wider state and its connections, table D wide", "r = 8", "r8-lowrank", "r1"),
     Contrast("wide table, with the width", "r = 2, static", "r2-static", "r2-static-lowrank"),
     Contrast("wide table, with the width", "r = 4, static", "r4-static", "r4-static-lowrank"),
     Contrast("wide table, with the width", "r = 2", "r2", "r2-lowrank"),
@@ -124,14 +125,20 @@ def price_ratio(runs: list[KeptRun], base: list[KeptRun], times: Times) -> dict[
 
 
 def price_table(runs: Runs, base: str = "plain", times: Times = None) -> str:
-    """Markdown: each model's price over that of `base`, and its losses."""
-    heads = [f"{text} | against {base}" for name, text in LOSSES.items() if name in runs[base][0].summary]
+    """Markdown: each model's price over that of `base`, and its losses, over the seeds that `base` has as well."""
+    losses = [name for name in LOSSES if all(measures(run, name) for run in runs[base])]
+    heads = [f"{LOSSES[name]} | against {base}" for name in losses]
     lines = [f"| model | seeds | {' | '.join(CURRENCIES)} | {' | '.join(heads)} |"]
     lines.append("|" + "---|" * (2 + len(CURRENCIES) + 2 * len(heads)))
     for name, group in sorted(runs.items(), key=lambda item: (item[0] != base, item[0])):
+        seeds = common_seeds([group, runs[base]])
+        group = [run for run in group if run.seed in seeds]
         cells = [name, str(len(group))]
         cells += ["" if x is None else f"{x:.2f}×" for x in price_ratio(group, runs[base], times).values()]
-        for loss in (loss for loss in LOSSES if loss in group[0].summary):
+        for loss in losses:
+            if not all(measures(run, loss) for run in group):
+                cells += ["", ""]
+                continue
             cells.append(f"{statistics.fmean(run.summary[loss] for run in group):.4f}")
             cells.append("" if name == base else str(paired(group, runs[base], loss)))
         lines.append(f"| {' | '.join(cells)} |")
@@ -140,7 +147,7 @@ def price_table(runs: Runs, base: str = "plain", times: Times = None) -> str:
 
 def contrast_table(runs: Runs) -> str:
     """Markdown: `CONTRASTS` of which both models have run, by next-token and next-2-token loss; then what has not."""
-    losses = [name for name in LOSSES if all(name in run.summary for group in runs.values() for run in group)]
+    losses = [name for name in LOSSES if all(measures(run, name) for group in runs.values() for run in group)]
     lines = [f"| what | | model − base | seeds | {' | '.join(LOSSES[name] for name in losses)} |"]
     lines.append("|" + "---|" * (4 + len(losses)))
     before = None
@@ -202,21 +209,24 @@ FAMILIES = {
 def loss_against(ax: Axes, runs: Runs, currency: str, loss: str = "val_next", times: Times = None) -> None:
     """Draw the mean of the loss against the price in one currency, over plain's, a line for each of `FAMILIES`.
 
-    What has not run is left out.
+    What has not run is left out. All means are over the same seeds, those that every model drawn has.
     """
     from vwn_ref.experiments.plots import COLOURS, MARKERS, PLAIN
 
+    drawn = [runs[name] for name in dict.fromkeys(itertools.chain(*FAMILIES.values())) if name in runs]
+    seeds = common_seeds(drawn)
     looks = [(PLAIN, "-"), (PLAIN, "--"), (PLAIN, ":"), (COLOURS[0], "-"), (COLOURS[1], "-"), (COLOURS[2], "--")]
     ends = []
     for (label, names), (colour, line), marker in zip(FAMILIES.items(), looks, MARKERS, strict=False):
         groups = [runs[name] for name in names if name in runs]
         x = [price_ratio(group, runs["plain"], times)[currency] for group in groups]
-        y = [statistics.fmean(run.summary[loss] for run in group) for group in groups]
+        y = [statistics.fmean(run.summary[loss] for run in group if run.seed in seeds) for group in groups]
         known = [(a, b) for a, b in zip(x, y, strict=True) if a is not None]
         ends += [a for a, _ in known]
         if known:
             ax.plot(*zip(*known, strict=True), line, marker=marker, ms=5, color=colour, label=label, linewidth=1.3)
-    ax.set(xscale="log", xlabel=f"{currency}, over plain's (log scale)")
+    text = {"backbone": "arithmetic of the backbone", "arithmetic": "all arithmetic"}.get(currency, currency)
+    ax.set(xscale="log", title=text, xlabel="over plain's (log scale)")
     ticks = [x for x in (1, 1.5, 2, 3, 4, 6) if x <= 1.05 * max(ends, default=1)]
     ax.set_xticks(ticks, [f"{x:g}×" for x in ticks])
     ax.minorticks_off()
@@ -235,10 +245,18 @@ def what_pays(data: Path, loss: str = "val_next") -> Figure:
     if not {"plain", "plain-d32"} <= runs.keys():
         raise NotRun("no runs of plain models of two widths yet, study E")
     fig, axes = plt.subplots(1, 4, figsize=(12, 4.4), sharey=True)
-    times = step_times.load(data / "a")
+    times = step_times.load(data / "a", runs)
     for ax, currency in zip(axes, CURRENCIES, strict=True):
         loss_against(ax, runs, currency, loss, times)
     axes[0].set_ylabel(f"validation loss, {LOSSES[loss]} (nats a token)")
+    drawn = [runs[name] for name in dict.fromkeys(itertools.chain(*FAMILIES.values())) if name in runs]
+    seeds = len(common_seeds(drawn))
+    fig.suptitle(
+        f"One gain, four prices: means of the {seeds} seeds that all have. Lower is better, further left is cheaper"
+        if seeds > 1
+        else "One gain, four prices: the one seed that all have so far. Lower is better, further left is cheaper",
+        fontsize=11,
+    )
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8.5)
     return fig
 
@@ -261,11 +279,13 @@ class PartsConfig:
 def report(config: PartsConfig) -> str:
     """Both tables, or that of all backbones. Raises ValueError where `base` has no runs."""
     if config.across:
+        if not any((Path(config.folder) / name).is_dir() for name in BACKBONES):
+            raise FileNotFoundError(f"{config.folder}: must hold one of the folders {', '.join(BACKBONES)}")
         return across_table(Path(config.folder))
     runs = load_runs(config.folder)
     if config.base not in runs:
         raise ValueError(f"base = {config.base!r}: must be one of {', '.join(runs)}")
-    return price_table(runs, config.base, step_times.load(Path(config.folder))) + "\n\n" + contrast_table(runs)
+    return price_table(runs, config.base, step_times.load(Path(config.folder), runs)) + "\n\n" + contrast_table(runs)
 
 
 def main() -> None:

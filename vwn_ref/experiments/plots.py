@@ -19,6 +19,7 @@ from matplotlib.image import AxesImage
 
 from vwn_ref.experiments import paper, scaling
 from vwn_ref.experiments.compare import KeptRun, interval, load_runs
+from vwn_ref.experiments.console import told
 from vwn_ref.experiments.storage import write_whole
 from vwn_ref.experiments.sweep import STUDIES, kept_runs, read_sweep
 
@@ -258,8 +259,8 @@ def loss_against_r(
     """Draw the final loss `name` of a sweep against log2 r, a line for each of `r_families`, and the variant "plain".
 
     Small marks are seeds, large ones their means. A bar is the 95 % interval of the difference to the plain model with
-    the same seed, around the mean. The line is `fit_log2` of the integer r; the wedge turns its slope by the 95 %
-    interval over the seeds. Hollow marks have an r that is no integer: no GroupNorm before W_reduce, not in the fit. A
+    the same seed, around the mean. The line is `fit_log2` of the integer r; the band is the 95 % interval over the
+    seeds' own lines. Hollow marks have an r that is no integer: no GroupNorm before W_reduce, not in the fit. A
     line's numbers are from the seeds that plain and all its variants have; the shared r = 1 is drawn with those of the
     first line. The axis spans the seeds, and cuts longer bars.
 
@@ -291,9 +292,10 @@ def loss_against_r(
         line = fit.intercept + fit.slope * ends
         ax.plot(ends, line, color=COLOURS[k], linewidth=1.8, label=f"{label}({len(seeds)} seed{'s'[: len(seeds) - 1]})")
         if not np.isnan(half):
-            turn = half * abs(np.linspace(*ends) - x[whole].mean())
-            middle = fit.intercept + fit.slope * np.linspace(*ends)
-            ax.fill_between(np.linspace(*ends), middle - turn, middle + turn, color=COLOURS[k], alpha=0.13, lw=0)
+            places = np.linspace(*ends)
+            by_seed = [np.polyval(np.polyfit(x[whole], row, 1), places) for row in losses[:, whole]]
+            middle, width = np.array([interval(list(values)) for values in np.transpose(by_seed)]).T
+            ax.fill_between(places, middle - width, middle + width, color=COLOURS[k], alpha=0.13, lw=0)
         low, high = [*low, losses.min(), line.min()], [*high, losses.max(), line.max(), plain.max()]
         if k == 0:
             ax.axhspan(plain.min(), plain.max(), color=PLAIN, alpha=0.1, linewidth=0)
@@ -343,7 +345,7 @@ def r_sweep(data: Path) -> Figure:
         "r = 1.5: no GroupNorm, not in the fit": dot(marker="o", markerfacecolor="white"),
         "one seed": dot(marker="o", ms=3.5, alpha=0.5),
         "mean; bar: 95 % of its difference to plain": bar,
-        "95 % of the slope, over seeds": mpl.patches.Patch(fc=COLOURS[0], alpha=0.2),
+        "95 % of the line, over seeds": mpl.patches.Patch(fc=COLOURS[0], alpha=0.2),
     }
     fig.legend(handles.values(), handles, loc="outside lower center", ncols=3, fontsize=8.5)
     return fig
@@ -364,12 +366,14 @@ def main() -> None:
     for draw in (overview, r_sweep, *FIGURES, what_pays, how_far_back):
         path = figures / f"{draw.__name__}.png"
         try:
-            picture = draw(figures / "data")
+            with told():
+                picture = draw(figures / "data")
         except NotRun as reason:
             print(f"{path}: not drawn, {reason}")
             continue
         # without Matplotlib's version in it the same numbers give the same file
-        write_whole(path, partial(picture.savefig, format="png", metadata={"Software": None}))
+        with told():
+            write_whole(path, partial(picture.savefig, format="png", metadata={"Software": None}))
         plt.close(picture)
         print(path)
 

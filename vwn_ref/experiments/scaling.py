@@ -194,13 +194,16 @@ class TokenEfficiency:
     reach: str
     """Whose loss is to be reached: "vwn" or "plain"."""
     bound: float
-    """Where the loss is not reached, the ratio is more than this (reach "vwn") or less than this ("plain")."""
+    """For a seed that does not reach the loss the ratio is more than this (reach "vwn") or less than this ("plain")."""
 
     def __str__(self) -> str:
         if self.ratio is None:
-            reached = sum(ratio is not None for ratio in self.by_seed)
-            side = "more" if self.reach == "vwn" else "less"
-            return f"{side} than {self.bound:.2f}× (the loss is reached by {reached} of {len(self.by_seed)} seeds)"
+            reached = sorted(ratio for ratio in self.by_seed if ratio is not None)
+            bound = f"{'more' if self.reach == 'vwn' else 'less'} than {self.bound:.2f}×"
+            if not reached:
+                return f"{bound} (no seed reaches the loss)"
+            where = f"{reached[0]:.2f}×" if len(reached) == 1 else f"{reached[0]:.2f} to {reached[-1]:.2f}×"
+            return f"no ratio: {len(reached)} of {len(self.by_seed)} seeds reach the loss, {where}; the others {bound}"
         alone = len(self.by_seed) == 1
         return f"{self.ratio:.2f}× " + ("(no interval)" if alone else f"({self.low:.2f} to {self.high:.2f})")
 
@@ -338,6 +341,11 @@ def r_of(run: KeptRun) -> float:
     return 1.0 if model["m"] is None else model["n"] / model["m"]
 
 
+def measures(run: KeptRun, loss: str) -> bool:
+    """Whether a run has this final loss. Without an MTP head there is no next-2 token loss, whatever is written."""
+    return loss in run.summary and (loss != "val_next2" or run.config["model"].get("mtp_layers", 0) > 0)
+
+
 # ---------------------------------------------------------------------------------------------- command line
 
 
@@ -361,7 +369,14 @@ def report(config: ScalingConfig) -> str:
     for name in (config.base, *config.variants):
         if name not in found:
             raise ValueError(f"{config.folder}: must hold finished runs {name}-s<seed>; there are {', '.join(found)}")
+    for field in ("variants", "names"):
+        names = getattr(config, field)
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"{field} = {names}: must be one or more names, none of them twice")
     groups = [found[name] for name in config.variants]
+    for name in config.names:
+        if not all(measures(run, f"val_{name}") for group in (found[config.base], *groups) for run in group):
+            raise ValueError(f"names = {config.names}: {name!r} must be a loss that every one of these runs has")
     lines = []
     for name in config.names:
         seeds, losses = losses_of(groups, f"val_{name}")

@@ -33,9 +33,13 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     one writer at a time, then.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
-    sync(temporary)
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        sync(temporary)
+        os.replace(temporary, path)
+    except BaseException:  # a full disk, Ctrl-C
+        temporary.unlink(missing_ok=True)
+        raise
     sync(path.parent)
 
 

@@ -118,7 +118,7 @@ def read_sweep(file: str | Path, out: str | Path | None = None) -> Sweep:
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; must be the TOML file of a sweep")
     try:
-        return planned(tomllib.loads(file.read_text(encoding="utf-8")), file.stem, out)
+        return planned(tomllib.loads(file.read_text(encoding="utf-8-sig")), file.stem, out)
     except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError among them
         raise ValueError(f"{file}: {error}") from error
 
@@ -406,7 +406,7 @@ def steps_done(run: Planned) -> int:
         with (run.folder / "log.jsonl").open("rb") as log:
             log.seek(max(0, os.fstat(log.fileno()).st_size - 4096))  # several lines
             return json.loads(log.read().splitlines(keepends=True)[-1])["step"]
-    except (OSError, ValueError, IndexError):  # none yet, or half a line
+    except (OSError, ValueError, LookupError, TypeError):  # none yet, or half a line
         return 0
 
 

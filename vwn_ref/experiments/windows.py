@@ -98,27 +98,45 @@ def is_done(folder: Path) -> bool:
         return False
 
 
+def checked(path: Path, row: object) -> dict:
+    """`row`, what `path` holds. Raises CheckpointError where that is nothing that `measure` gives."""
+    try:
+        last_reads(row), [r[1] for r in row["radius"]], row["state"][-1], row["tokens"]
+        [row["back"][name][str(x)][-1] for name in ("strength", "contributions") for x in FRACTIONS]
+    except (LookupError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error!r}") from error
+    return row
+
+
 def load(folder: str | Path) -> dict[str, list[dict]]:
-    """variant -> the windows.json of its seeds, those that have one."""
+    """variant -> the windows.json of its seeds, those that have one.
+
+    Raises CheckpointError for a damaged one, ValueError where they were measured on different numbers of tokens.
+    """
     found = {}
     for variant, runs in load_runs(folder).items():
         paths = [Path(folder) / f"{run.name}-s{run.seed}" / FILE for run in runs]
-        rows = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+        rows = [checked(path, read_json(path)) for path in paths if path.exists()]
         if rows:
             found[variant] = rows
+    counts = sorted({row["tokens"] for rows in found.values() for row in rows})
+    if len(counts) > 1:
+        raise ValueError(f"{folder}: must be measured on the same tokens, not {', '.join(map(str, counts))} (--again)")
     return found
 
 
 def table(folder: str | Path) -> str:
-    """Markdown: how far back the last layer looks, and the radii; means over seeds with 95 % intervals."""
+    """Markdown: how far back the last layer looks, what it reads, and the radii; means over seeds, 95 % intervals."""
     lines = [
         "| model | seeds | layers back, by map, to 1/10 | to 1/2 | by what is added, to 1/10 | to 1/2 "
-        "| radius of Â, mean of layers | ‖H′⁰ → H′ᴸ‖ |",
-        "|---|---|---|---|---|---|---|---|",
+        "| share of layers 4 and later | radius of Â, mean of layers | log10 ‖H′⁰ → H′ᴸ‖ |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for variant, rows in load(folder).items():
         columns = [[r["back"][k][str(f)][-1] for r in rows] for k in ("strength", "contributions") for f in FRACTIONS]
-        columns += [[statistics.fmean(x[1] for x in r["radius"]) for r in rows], [r["state"][-1] for r in rows]]
+        columns += [[last_reads(r)[-1] for r in rows]]
+        columns += [[statistics.fmean(x[1] for x in r["radius"]) for r in rows]]
+        columns += [[math.log10(r["state"][-1]) for r in rows]]
         cells = []
         for values in columns:
             estimate = interval(values)
@@ -134,7 +152,7 @@ SHARES = ("embedding", "layers 1 to 3", "all later layers")
 def last_reads(row: dict) -> tuple[float, float, float]:
     """`SHARES` of what the last layer of a measured run reads; they add up to 1, and a part may be negative."""
     share = row["share"][-1]
-    return share[0], sum(share[1:4]), sum(share[4:])
+    return share[0], math.fsum(share[1:4]), math.fsum(share[4:])
 
 
 def how_far_back(data: Path) -> Figure:
@@ -181,8 +199,11 @@ def how_far_back(data: Path) -> Figure:
     for text, part, shade in zip(SHARES, parts, ("0.35", "0.65", COLOURS[4]), strict=True):
         middle.bar(list(columns), part, bottom=below, color=shade, width=0.7, label=text)
         below += part
+    for x, rows in enumerate(columns.values()):
+        ends = [1 - last_reads(row)[-1] for row in rows]
+        middle.plot([x] * len(ends), ends, "_", color="black", ms=11, label="" if x else "edge of the last, each seed")
     middle.set(title=f"share of what layer {L} reads", ylim=(0, 1.35), yticks=[0, 0.25, 0.5, 0.75, 1])
-    middle.legend(fontsize=8, loc="upper left", ncols=3, columnspacing=1, handlelength=1)
+    middle.legend(fontsize=8, loc="upper left", ncols=2, columnspacing=1, handlelength=1)
     for k, m in enumerate(ms):
         radii = np.mean([row["radius"] for row in by_m[m]], axis=0)  # [L, 3]: 5 %, 50 %, 95 % of the tokens
         right.plot(range(1, L + 1), radii[:, 1], color=COLOURS[k], marker=MARKERS[k], ms=3.5, label=f"m = {m}")
