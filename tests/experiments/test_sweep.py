@@ -207,6 +207,18 @@ def test_bad_files(write, text, old, new, message):
     assert str(error.value).count("small.toml") == 1
 
 
+@pytest.mark.parametrize("name", ["out", "keep"])
+def test_folders_without_a_name(write, name):
+    with pytest.raises(ValueError, match=f"{name} = '': must be the name of a folder"):
+        execute(SweepArguments(str(write()), **{name: ""}), "")
+
+
+def test_a_byte_order_mark_is_no_statement(write):
+    file = write()
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert len(read_sweep(file).runs) == 4
+
+
 def test_tables_that_are_none():
     for content in ({"base": 1}, {"variants": []}, {"grid": "lr"}):
         with pytest.raises(ValueError, match="must be a table"):

@@ -524,6 +524,9 @@ def listing(runs: Sequence[Planned]) -> str:
 
 def execute(arguments: SweepArguments, command: str) -> int:
     """Do what the command line says; returns the exit status. `command` is how to go on. Raises ValueError, OSError."""
+    for name in ("out", "keep"):
+        if getattr(arguments, name) == "":
+            raise ValueError(f"{name} = '': must be the name of a folder")
     sweep = read_sweep(arguments.file, arguments.out)
     if arguments.jobs is not None and arguments.jobs < 1:
         raise ValueError(f"jobs = {arguments.jobs}: must be ≥ 1")
