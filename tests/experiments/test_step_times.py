@@ -127,7 +127,9 @@ def test_what_is_read(sweep, tmp_path):
         (tmp_path / "step_times.json").write_text(json.dumps({"variants": variants}))
         return step_times.load(tmp_path, runs)
 
-    assert written({"r2": good, "other": good}) == pytest.approx({"r2": 0.3, "other": 0.3})
+    other = {"seconds": [0.9], "is": "another"}
+    found = written({"r2": good, "longer": good | {"seconds": [0.3, 0.7]}, "other": other})
+    assert found == pytest.approx({"r2": 0.4, "longer": 0.4, "other": 0.9})  # one model, four builds
     for seconds in ([0], [-1.0], [float("nan")], [float("inf")], ["1"], [True], [], None, 3):
         with pytest.raises(CheckpointError, match=r"step_times\.json"):
             written({"r2": good | {"seconds": seconds}})

@@ -254,7 +254,7 @@ def what_pays(data: Path, loss: str = "val_next") -> Figure:
     fig.suptitle(
         f"One gain, four prices: means of the {seeds} seeds that all have. Lower is better, further left is cheaper"
         if seeds > 1
-        else "One gain, four prices: the one seed that all have so far. Lower is better, further left is cheaper",
+        else f"One gain, four prices: seed {common_seeds(drawn)[0]} alone. Lower is better, further left is cheaper",
         fontsize=11,
     )
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8.5)

@@ -323,7 +323,7 @@ def r_sweep(data: Path) -> Figure:
     next2 = scaling.fit_log2(list(paper.TABLE_1["next2"]), [-gain.value for gain in paper.TABLE_1["next2"].values()])
     panels = {
         "val_next": ("next token", ("the paper's, its Fig. 8", paper.FIG_8_SLOPE.value)),
-        "val_next2": ("next token but one (MTP head)", ("the paper's, fitted to its Table 1", next2.slope)),
+        "val_next2": ("next-2 token (MTP head)", ("the paper's, fitted to its Table 1", next2.slope)),
     }
     fig, axes = plt.subplots(1, 2, figsize=(9.5, 5.0))
     for ax, (name, (title, (label, slope))) in zip(axes, panels.items(), strict=True):

@@ -63,10 +63,11 @@ def wide_and_low_rank(r: int, base: str) -> dict[str, dict[str, int]]:
     return {"table rD wide": minus(f"r{r}", base), "table D wide": minus(f"r{r}-lowrank", base)}
 
 
-def of_parts(about: str, *which: str) -> dict[str, dict[str, int]]:
-    """Some of study E's comparisons, by the names that `parts.CONTRASTS` has for them."""
-    found = {c.what: minus(c.model, c.base) for c in CONTRASTS if c.about == about}
-    return {what: found[what] for what in which}
+def of_parts(about: str, *which: str, models: bool = False) -> dict[str, dict[str, int]]:
+    """Some of study E's comparisons, by the names that `parts.CONTRASTS` has for them; `models`: by the models'."""
+    found = {c.what: c for c in CONTRASTS if c.about == about}
+    chosen = [found[what] for what in which]
+    return {f"{c.model} − {c.base}" if models else c.what: minus(c.model, c.base) for c in chosen}
 
 
 ANSWERS = {
@@ -79,10 +80,10 @@ ANSWERS = {
     ("d_mtp", "MTP − plain"): both_backbones("MTP − plain"),
     ("d_mtp", "what MTP does with VWN − without"): both_backbones("interaction"),
     ("e_parts", "routing alone: r = 1 − plain"): of_parts("routing, no width", "static", "dynamic"),
-    ("e_parts", "a wider state and its connections, table D wide − r = 1"): of_parts(
+    ("e_parts", "a wider state and its connections: r with the table D wide − r = 1"): of_parts(
         "wider state and its connections, table D wide", "r = 2", "r = 4", "r = 8"
     ),
-    ("e_parts", "wide table alone, state D wide − r = 1"): of_parts(
+    ("e_parts", "a wider table alone: r = 1 with it − r = 1"): of_parts(
         "wide table, without the width", "2D wide, r = 1", "4D wide, r = 1"
     ),
     ("e_parts", "VWN − plain with as many parameters"): of_parts(
@@ -91,12 +92,17 @@ ANSWERS = {
         "r = 4, 14 % more",
         "r = 4, 14 % fewer",
         "r = 4, in 14 blocks",
+        models=True,
     ),
     ("e_parts", "VWN − plain with as much arithmetic"): of_parts(
-        "against plain with as much arithmetic", "r = 2, in 6 blocks", "r = 4, in 10 blocks", "r = 4, 1.5 × as wide"
+        "against plain with as much arithmetic",
+        "r = 2, in 6 blocks",
+        "r = 4, in 10 blocks",
+        "r = 4, 1.5 × as wide",
+        models=True,
     ),
     ("e_parts", "VWN − plain with about as much CPU time"): of_parts(
-        "against plain with about as much time", "r = 2, 4,000 steps", "r = 4, 5,700 steps"
+        "against plain with about as much time", "r = 2, 4,000 steps", "r = 4, 5,700 steps", models=True
     ),
     ("e_bytes", "single bytes: r = 4 − plain"): wide_and_low_rank(4, "plain"),
     ("f_depth", "24 sublayers, r = 2: VWN − plain"): {f"m = {m}": minus(f"m{m}", "plain") for m in (1, 2, 4, 8)},
@@ -147,18 +153,20 @@ def r_sweep(data: Path) -> str:
     first = (
         f"With the backbone fixed (D = {model['dim']}, {model['n_layers']} blocks, {tokens / 1e6:.1f}M tokens of "
         f"Python, learning rate {config['lr']:g}) a doubling of r changes the validation loss, on average, by what the "
-        f"table says (nats a token, 95 % intervals over {of} seeds), and not at equal cost: r = 8 has "
+        f"table says (nats a token, 95 % intervals over {of} seeds). The cost is not equal: r = 8 has "
         f"{ratio['parameters']:.1f} times plain's {plain[0].summary['parameters']:,} parameters and takes "
         f"{ratio['arithmetic']:.1f} times its arithmetic{spent}."
     )
     second = (
-        f"It is no law, for the steps are not equal (third column), and no measurement of the paper's slope, "
+        f"Nothing here shows a law (are the steps equal? fifth column), or measures the paper's slope, "
         f"{paper.FIG_8_SLOPE.printed.replace('-', '−')} at 0.8 billion active parameters: D = 16 was chosen after "
-        f"single runs at D = 32 had shown a smaller gain, and the learning rate is the better of two that were tried."
+        f"single runs at D = 32 had shown a smaller gain, and all models have the learning rate that suited plain."
     )
     slopes = ["| loss | embedding | per doubling, r = 1 to 8 | r = 2, 4, 8 | last doubling − first | r = 8 − plain |"]
     slopes += ["|---|---|---|---|---|---|", *(row for _, row in sorted(rows, key=lambda row: row[0]))]
-    lines = ["| model | seeds | parameters | arithmetic | CPU time | next token, against plain | next-2 token |"]
+    lines = [
+        "| model | seeds | parameters | arithmetic | CPU time | next token: plain's, then against it | next-2 token |"
+    ]
     lines.append("|---|---|---|---|---|---|---|")
     for name, group in runs.items():
         price = price_ratio(group, plain, times)
@@ -214,7 +222,10 @@ def answers(data: Path) -> str:
 
     What is told apart is bold; what still is when all these looks are counted (Holm) has a star.
     """
-    lines = ["| study | difference of validation losses, nats a token | 95 % over the seeds |", "|---|---|---|"]
+    lines = [
+        "| study | difference of next-token validation losses, nats a token | 95 % over the seeds |",
+        "|---|---|---|",
+    ]
     folders = {name: Path(read_sweep(STUDIES / f"{name}.toml").out).name for name in {study for study, _ in ANSWERS}}
     runs = {folder: runs_in(data / folder) for folder in set(folders.values())}
     every = [
@@ -264,7 +275,7 @@ def middle_layers(data: Path) -> list[str]:
             half = "" if math.isnan(share.half_width) else f" ± {share.half_width:.2f}"
             cells.append(f"{label} {signed(share.mean, 2).lstrip('+')}{half}")
     what = "part of what the last of 24 sublayers reads that layers 4 to 23 have written"
-    return [f"| F | {what} (no difference) | {'; '.join(cells)} |"] if cells else []
+    return [f"| F | {what} (a share of 1) | {'; '.join(cells)} |"] if cells else []
 
 
 PARTS = {"r-sweep": r_sweep, "studies": studies, "answers": answers}

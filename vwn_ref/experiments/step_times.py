@@ -106,7 +106,9 @@ def load(folder: Path, runs: Mapping[str, Sequence[KeptRun]]) -> dict[str, float
     path = folder / FILE
     if not path.exists():
         return None
-    kept, found = read_json(path), {}
+    kept = read_json(path)
+    found: dict[str, list[float]] = {}
+    same: dict[str, list[float]] = {}
     try:
         for name, row in kept["variants"].items():
             seconds = row["seconds"]
@@ -115,10 +117,11 @@ def load(folder: Path, runs: Mapping[str, Sequence[KeptRun]]) -> dict[str, float
             for run in runs.get(name, [])[:1]:
                 if row["is"] != identity(run.config["model"], run.config["seq_len"], run.config["batch_size"]):
                     raise CheckpointError(f"{path}: {name}: must be the model of the runs of that name")
-            found[name] = statistics.fmean(seconds)
+            same.setdefault(row["is"], []).extend(seconds)
+            found[name] = same[row["is"]]  # models that are one, such as a longer run's, share what was measured
     except (LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}") from error
-    return found
+    return {name: statistics.fmean(seconds) for name, seconds in found.items()}
 
 
 @dataclass(frozen=True)

@@ -201,7 +201,9 @@ def how_far_back(data: Path) -> Figure:
         below += part
     for x, rows in enumerate(columns.values()):
         ends = [1 - last_reads(row)[-1] for row in rows]
-        middle.plot([x] * len(ends), ends, "_", color="black", ms=11, label="" if x else "edge of the last, each seed")
+        middle.plot(
+            [x] * len(ends), ends, "_", color="black", ms=11, label="" if x else "where the last begins, by seed"
+        )
     middle.set(title=f"share of what layer {L} reads", ylim=(0, 1.35), yticks=[0, 0.25, 0.5, 0.75, 1])
     middle.legend(fontsize=8, loc="upper left", ncols=2, columnspacing=1, handlelength=1)
     for k, m in enumerate(ms):
