@@ -6,6 +6,7 @@ import pytest
 
 from vwn_ref.experiments.checkpoint import CheckpointError
 from vwn_ref.experiments.compare import interval, keep, load_runs, paired, table
+from vwn_ref.experiments.storage import write_whole
 
 
 def write(folder, name, seed, loss, **config):
@@ -71,6 +72,17 @@ def test_damaged_runs_are_named_and_not_kept(tmp_path, file, content, message):
     with pytest.raises(CheckpointError, match=message):
         keep(tmp_path / "runs", tmp_path / "kept")
     assert not (tmp_path / "kept").exists()
+
+
+def test_what_cannot_be_written_whole_leaves_nothing(tmp_path):
+    def half(temporary):
+        temporary.write_text("half")
+        raise OSError("disk full")
+
+    (tmp_path / "a.json").write_text("old")
+    with pytest.raises(OSError, match="disk full"):
+        write_whole(tmp_path / "a.json", half)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.json", "old")]
 
 
 def test_runs_on_other_text_are_not_paired(tmp_path):

@@ -132,6 +132,21 @@ def test_across(folder, tmp_path, monkeypatch, capsys):
     assert lines[3].endswith("| – | – | – | – | – | -2.0000 (no interval), 1 seeds |") and len(lines) == 4
 
 
+def test_across_of_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["parts", str(tmp_path), "--across"])
+    with pytest.raises(SystemExit, match="must hold one of the folders a, b_d32, b_d64, e_bytes"):
+        parts.main()
+
+
+def test_a_loss_that_nothing_predicts_is_no_loss():
+    """Without an MTP head summaries say val_next2 = 0; with one beside it the column is the head's alone."""
+    runs = {name: [kept(name, 0, 3.0, mtp_layers=layers)] for name, layers in (("plain", 1), ("r2", 0))}
+    for group in runs.values():
+        group[0].summary["val_next2"] = 0.0 if group[0].name == "r2" else 4.0
+    assert parts.price_table(runs).splitlines()[-1].endswith("| 3.0000 | +0.0000 (no interval) |  |  |")
+    assert "next-2" not in parts.price_table(runs, base="r2") + parts.contrast_table(runs)
+
+
 def test_wrong_base(folder, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["parts", str(folder), "--base", "r9"])
     with pytest.raises(SystemExit, match="error: base = 'r9': must be one of plain, r2, r2-static"):
@@ -151,6 +166,7 @@ def test_picture(folder, tmp_path):
     by_label = {line.get_label(): line for line in first.lines}
     line = by_label["VWN, wide table: r = 1, 2, 4, 8"]
     assert line.get_ydata()[0] == 4.0 and line.get_xdata()[0] > 1
+    assert first.lines[0].get_ydata().tolist() == [5.0, 5.0]  # of plain's seeds the one that plain-d32 has
     assert figure.axes[1].lines[3].get_xdata()[0] == 1.0  # the same backbone
     assert not figure.axes[3].lines  # nothing timed
     shutil.copy(folder / "step_times.json", tmp_path / "a")

@@ -72,6 +72,9 @@ def test_loss_against_r(sweep):
     # seeds 0, 0.01, 0.02 above plain's common value: t(0.975, 2) · 0.01 / √3
     assert (high - low) / 2 == pytest.approx(0.02484138, abs=1e-6)
     assert len(bars[2.95][1]) == 0  # one seed has no bar
+    (band,) = [c for c in ax.collections if len(c.get_paths()) == 1 and len(c.get_paths()[0].vertices) > 50]
+    y = band.get_paths()[0].vertices[:, 1]  # the seeds' lines are parallel: as far from the mean line everywhere
+    assert (y.max(), y.min()) == pytest.approx((3.01 + 0.02484138, 2.71 - 0.02484138), abs=1e-6)
     assert [text.get_text() for text in ax.get_xticklabels()] == ["1", "1.5", "2", "4", "8"]
     bottom, top = ax.get_ylim()
     assert bottom < 2.71 and top > 4.0  # every seed is inside

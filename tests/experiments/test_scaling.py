@@ -239,6 +239,23 @@ def test_fits_of_kept_runs(kept, capsys, monkeypatch):
         assert wanted in said
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--variants", "r1", "r2", "r2"],
+            r"variants = \('r1', 'r2', 'r2'\): must be one or more names",
+        ),
+        (["--variants", "r1", "r2", "--names", "next", "next"], r"names = \('next', 'next'\): must be one or more"),
+        (["--variants", "r1", "r2", "--names", "foo"], r"'foo' must be a loss that every one of these runs has"),
+    ],
+)
+def test_names_that_make_no_fit(kept, monkeypatch, options, message):
+    monkeypatch.setattr(sys, "argv", ["scaling", str(kept), *options])
+    with pytest.raises(SystemExit, match=message):
+        scaling.main()
+
+
 def test_kept_runs_that_do_not_fit(kept, capsys, monkeypatch):
     runs = load_runs(kept)
     with pytest.raises(ValueError, match="r1, r4: must have a seed in common"):

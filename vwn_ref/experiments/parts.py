@@ -206,6 +206,11 @@ FAMILIES = {
 }
 
 
+def drawn_seeds(runs: Runs) -> list[int]:
+    """The seeds that every model of `FAMILIES` has, of those that have run."""
+    return common_seeds([runs[name] for name in dict.fromkeys(itertools.chain(*FAMILIES.values())) if name in runs])
+
+
 def loss_against(ax: Axes, runs: Runs, currency: str, loss: str = "val_next", times: Times = None) -> None:
     """Draw the mean of the loss against the price in one currency, over plain's, a line for each of `FAMILIES`.
 
@@ -213,8 +218,7 @@ def loss_against(ax: Axes, runs: Runs, currency: str, loss: str = "val_next", ti
     """
     from vwn_ref.experiments.plots import COLOURS, MARKERS, PLAIN
 
-    drawn = [runs[name] for name in dict.fromkeys(itertools.chain(*FAMILIES.values())) if name in runs]
-    seeds = common_seeds(drawn)
+    seeds = drawn_seeds(runs)
     looks = [(PLAIN, "-"), (PLAIN, "--"), (PLAIN, ":"), (COLOURS[0], "-"), (COLOURS[1], "-"), (COLOURS[2], "--")]
     ends = []
     for (label, names), (colour, line), marker in zip(FAMILIES.items(), looks, MARKERS, strict=False):
@@ -249,14 +253,9 @@ def what_pays(data: Path, loss: str = "val_next") -> Figure:
     for ax, currency in zip(axes, CURRENCIES, strict=True):
         loss_against(ax, runs, currency, loss, times)
     axes[0].set_ylabel(f"validation loss, {LOSSES[loss]} (nats a token)")
-    drawn = [runs[name] for name in dict.fromkeys(itertools.chain(*FAMILIES.values())) if name in runs]
-    seeds = len(common_seeds(drawn))
-    fig.suptitle(
-        f"One gain, four prices: means of the {seeds} seeds that all have. Lower is better, further left is cheaper"
-        if seeds > 1
-        else f"One gain, four prices: seed {common_seeds(drawn)[0]} alone. Lower is better, further left is cheaper",
-        fontsize=11,
-    )
+    seeds = drawn_seeds(runs)
+    of = f"means of the {len(seeds)} seeds that all have" if len(seeds) > 1 else f"seed {seeds[0]} alone"
+    fig.suptitle(f"One gain, four prices: {of}. Lower is better, further left is cheaper", fontsize=11)
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8.5)
     return fig
 
