@@ -43,7 +43,7 @@ def difference(got: object, want: object, tolerance: float) -> str | None:
         return "it returned None; is there a return statement?"
     if isinstance(want, tuple):
         if not isinstance(got, (tuple, list)) or len(got) != len(want):
-            return f"expected {len(want)} results, got {len(got) if isinstance(got, tuple) else 1}"
+            return f"expected {len(want)} results, got {len(got) if isinstance(got, (tuple, list)) else 1}"
         for index, pair in enumerate(zip(got, want, strict=True)):
             if problem := difference(*pair, tolerance):
                 return f"result {index}: {problem}"

@@ -9,13 +9,15 @@ import sys
 from pathlib import Path
 
 import matplotlib
+import matplotlib.pyplot as plt
 import pytest
 
-from vwn_ref.experiments import parts, step_times
+from vwn_ref.experiments import parts, parts_figures, step_times
 from vwn_ref.experiments.compare import KeptRun
 from vwn_ref.experiments.paper_figures import NotRun
 from vwn_ref.experiments.sweep import read_sweep
 
+matplotlib.use("Agg")
 STUDY = Path(parts.__file__).parent / "studies" / "e_parts.toml"
 CONFIGS = {run.variant: run.config for run in read_sweep(STUDY).runs}
 
@@ -52,7 +54,7 @@ def test_contrasts_name_models_of_the_study_and_change_one_thing():
     names = {name for c in parts.CONTRASTS for name in (c.model, c.base)}
     assert names - others <= CONFIGS.keys()
     assert CONFIGS.keys() <= names
-    assert {name for family in parts.FAMILIES.values() for name in family} - others <= CONFIGS.keys()
+    assert {name for family in parts_figures.FAMILIES.values() for name in family} - others <= CONFIGS.keys()
     alone = {
         "dynamics": {"dynamic"},
         "wider state and its connections, table D wide": {"n", "embed_rank"},
@@ -154,13 +156,12 @@ def test_wrong_base(folder, monkeypatch):
 
 
 def test_picture(folder, tmp_path):
-    matplotlib.use("Agg")
     for run in list(folder.glob("*-s*")):
         shutil.move(run, tmp_path / "a" / run.name)
     with pytest.raises(NotRun, match="two widths"):
-        parts.what_pays(tmp_path)
+        parts_figures.what_pays(tmp_path)
     shutil.copytree(tmp_path / "a" / "plain-s0", tmp_path / "a" / "plain-d32-s0")
-    figure = parts.what_pays(tmp_path)
+    figure = parts_figures.what_pays(tmp_path)
     first = figure.axes[0]
     assert [len(line.get_xdata()) for line in first.lines] == [2, 1, 1, 1, 1]  # no low-rank run, one r2-static
     by_label = {line.get_label(): line for line in first.lines}
@@ -170,4 +171,48 @@ def test_picture(folder, tmp_path):
     assert figure.axes[1].lines[3].get_xdata()[0] == 1.0  # the same backbone
     assert not figure.axes[3].lines  # nothing timed
     shutil.copy(folder / "step_times.json", tmp_path / "a")
-    assert any(line.get_xdata()[0] == pytest.approx(1.5) for line in parts.what_pays(tmp_path).axes[3].lines)
+    assert any(line.get_xdata()[0] == pytest.approx(1.5) for line in parts_figures.what_pays(tmp_path).axes[3].lines)
+
+
+def loss_line(ax, label):
+    return next(line for line in ax.lines if line.get_label() == label)
+
+
+def test_families_of_one_price_stand_side_by_side():
+    """Two VWN families on one backbone, three seeds: verticals apart, dots at every seed, means over them."""
+    runs = {"plain": [kept("plain", s, 5.0) for s in range(3)], "plain-d20": [kept("p", s, 4.0, dim=8) for s in (0, 1)]}
+    for name, n, model in (("r1", 2, {}), ("r2", 4, {}), ("r2-lowrank", 4, {"embed_rank": 4})):
+        runs[name] = [kept(name, s, n + s / 4, m=2, n=n, **model) for s in range(3)]
+    ax = plt.figure().subplots()
+    parts_figures.loss_against(ax, runs, "backbone")
+    wide, low = loss_line(ax, "VWN, wide table: r = 1, 2, 4, 8"), loss_line(ax, "VWN, low-rank table: r = 1, 2, 4, 8")
+    assert wide.get_xdata().tolist() == [1.0, 1.0] and low.get_xdata().tolist() == [0.93, 0.93]
+    assert wide.get_ydata().tolist() == [2.125, 4.125]  # plain-d20 has no seed 2
+    dots = [line.get_ydata().tolist() for line in ax.lines if line.get_markersize() == 2]
+    assert dots.count([2.0, 4.0]) == dots.count([2.25, 4.25]) == 2 and len(dots) == 10  # plain begins three lines
+    assert ax.get_xlabel().endswith("; VWNs all at 1×")
+    parts_figures.loss_against(ax := plt.figure().subplots(), runs, "parameters")
+    assert loss_line(ax, "VWN, low-rank table: r = 1, 2, 4, 8").get_xdata()[0] > 1 and "VWN" not in ax.get_xlabel()
+
+
+def test_differences(folder, tmp_path):
+    for run in list(folder.glob("*-s*")):
+        shutil.move(run, tmp_path / "a" / run.name)
+    with pytest.raises(NotRun, match="two widths"):
+        parts_figures.differences(tmp_path)
+    shutil.copytree(tmp_path / "a" / "plain-s0", tmp_path / "a" / "plain-d32-s0")
+    (ax,) = parts_figures.differences(tmp_path).axes
+    names = [label.get_text() for label in ax.get_yticklabels()]
+    assert names == [
+        *("dynamics", "at r = 2: r2 − r2-static"),
+        *("all together", "r = 2: r2 − plain"),
+        *("against plain, twice as wide", "r = 2: r2 − plain-d32"),
+    ]
+    assert [label.get_fontweight() for label in ax.get_yticklabels()] == ["bold", "normal"] * 3
+    bars = [line.get_xdata().tolist() for line in ax.lines[:-1:2]]
+    assert bars[0] == [0.5, 0.5] and bars[1] == pytest.approx([-2 - 2.4841, -2 + 2.4841], abs=1e-4)  # t, 2 d. f.
+    assert all(math.isnan(end) for end in bars[2])  # one seed
+    marks = [(line.get_xdata()[0], line.get_markerfacecolor() == "white") for line in ax.lines[1:-1:2]]
+    assert marks == [(0.5, False), (-2.0, True), (-1.0, True)]
+    assert [line.get_ydata()[0] for line in ax.lines[1:-1:2]] == pytest.approx([0.82, 2.82, 4.82])
+    assert ax.get_xlim() == pytest.approx((-2.2, 2.2))

@@ -107,11 +107,11 @@ def test_picture(tmp_path):
     left, middle, right = windows.how_far_back(tmp_path).axes
     heights = [bar.get_height() for bars in middle.containers for bar in bars]  # m = 1, m = 4; bottom to top
     assert heights == pytest.approx([0.625, 0.5, 0.2, 0.2, 0.175, 0.3])
-    (line, _, (bars,)) = left.containers[0]  # by the map, down to a tenth
-    assert line.get_xdata().tolist() == [0, 2] and line.get_ydata().tolist() == [3.0, 5.0]
-    low, high = bars.get_segments()[0][:, 1]
-    assert (low + high) / 2 == pytest.approx(3) and (high - low) / 2 == pytest.approx(12.7062, abs=1e-3)  # t, 1 d. f.
-    assert left.lines[-2].get_ydata().tolist() == [2, 2]  # n slots, but there are two layers
+    line = left.lines[0]  # by the map, down to a tenth
+    assert [round(x) for x in line.get_xdata()] == [0, 1] and line.get_ydata().tolist() == [3.0, 5.0]
+    bars = [bar.get_segments() for bar in left.collections]
+    assert [segment[:, 1].tolist() for segment in bars[0]] == [[2.0, 4.0], [5.0, 5.0]]  # m = 1's seeds, m = 4's
+    assert [hard[0][:, 1].tolist() for hard in bars[4:]] == [[2, 2], [2, 2]]  # n slots, but there are two layers
     assert right.lines[0].get_ydata().tolist() == [1.0, 2.0]
     marks = [line.get_ydata() for line in middle.lines if line.get_marker() == "_"]  # where a seed's last part begins
     assert [list(row) for row in marks] == [pytest.approx([0.7, 0.95]), pytest.approx([0.7])]

@@ -13,19 +13,17 @@ plain model that gets as much of a currency. Differences are paired by seed, wit
 so one in twenty excludes 0 by chance.
 
 `python -m vwn_ref.experiments.parts figures/data --across` sets the main ones side by side for each backbone.
+`parts_figures` draws both tables.
 """
 
 from __future__ import annotations
 
-import itertools
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import tyro
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from vwn_ref.config import VWNConfig
 from vwn_ref.cost import add, model_flops, model_parameters
@@ -192,72 +190,6 @@ def across_table(data: Path, loss: str = "val_next") -> str:
             cells.append(f"{paired(runs[one], runs[other], loss)}, {len(seeds)} seeds" if seeds else "–")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-# ------------------------------------------------------------------------------------------------------- picture
-
-FAMILIES = {
-    "plain, wider: D = 16 to 32": ("plain", "plain-d20", "plain-d24", "plain-d28", "plain-d32"),
-    "plain, deeper: 4 to 14 blocks": ("plain", "plain-l6", "plain-l10", "plain-l14"),
-    "plain, longer: 3,000 to 5,700 steps": ("plain", "plain-4000", "plain-5700"),
-    "VWN, wide table: r = 1, 2, 4, 8": ("r1", "r2", "r4", "r8"),
-    "VWN, low-rank table: r = 1, 2, 4, 8": ("r1", "r2-lowrank", "r4-lowrank", "r8-lowrank"),
-    "VWN, static, wide table: r = 1, 2, 4": ("r1-static", "r2-static", "r4-static"),
-}
-
-
-def drawn_seeds(runs: Runs) -> list[int]:
-    """The seeds that every model of `FAMILIES` has, of those that have run."""
-    return common_seeds([runs[name] for name in dict.fromkeys(itertools.chain(*FAMILIES.values())) if name in runs])
-
-
-def loss_against(ax: Axes, runs: Runs, currency: str, loss: str = "val_next", times: Times = None) -> None:
-    """Draw the mean of the loss against the price in one currency, over plain's, a line for each of `FAMILIES`.
-
-    What has not run is left out. All means are over the same seeds, those that every model drawn has.
-    """
-    from vwn_ref.experiments.plots import COLOURS, MARKERS, PLAIN
-
-    seeds = drawn_seeds(runs)
-    looks = [(PLAIN, "-"), (PLAIN, "--"), (PLAIN, ":"), (COLOURS[0], "-"), (COLOURS[1], "-"), (COLOURS[2], "--")]
-    ends = []
-    for (label, names), (colour, line), marker in zip(FAMILIES.items(), looks, MARKERS, strict=False):
-        groups = [runs[name] for name in names if name in runs]
-        x = [price_ratio(group, runs["plain"], times)[currency] for group in groups]
-        y = [statistics.fmean(run.summary[loss] for run in group if run.seed in seeds) for group in groups]
-        known = [(a, b) for a, b in zip(x, y, strict=True) if a is not None]
-        ends += [a for a, _ in known]
-        if known:
-            ax.plot(*zip(*known, strict=True), line, marker=marker, ms=5, color=colour, label=label, linewidth=1.3)
-    text = {"backbone": "arithmetic of the backbone", "arithmetic": "all arithmetic"}.get(currency, currency)
-    ax.set(xscale="log", title=text, xlabel="over plain's (log scale)")
-    ticks = [x for x in (1, 1.5, 2, 3, 4, 6) if x <= 1.05 * max(ends, default=1)]
-    ax.set_xticks(ticks, [f"{x:g}×" for x in ticks])
-    ax.minorticks_off()
-
-
-def what_pays(data: Path, loss: str = "val_next") -> Figure:
-    """Study E (`data`/a, see figures/README.md): loss against each currency.
-
-    Raises NotRun before there is a wider plain model.
-    """
-    import matplotlib.pyplot as plt
-
-    from vwn_ref.experiments.paper_figures import NotRun, runs_in
-
-    runs = runs_in(data / "a")
-    if not {"plain", "plain-d32"} <= runs.keys():
-        raise NotRun("no runs of plain models of two widths yet, study E")
-    fig, axes = plt.subplots(1, 4, figsize=(12, 4.4), sharey=True)
-    times = step_times.load(data / "a", runs)
-    for ax, currency in zip(axes, CURRENCIES, strict=True):
-        loss_against(ax, runs, currency, loss, times)
-    axes[0].set_ylabel(f"validation loss, {LOSSES[loss]} (nats a token)")
-    seeds = drawn_seeds(runs)
-    of = f"means of the {len(seeds)} seeds that all have" if len(seeds) > 1 else f"seed {seeds[0]} alone"
-    fig.suptitle(f"One gain, four prices: {of}. Lower is better, further left is cheaper", fontsize=11)
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8.5)
-    return fig
 
 
 # -------------------------------------------------------------------------------------------------- command line

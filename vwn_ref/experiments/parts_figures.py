@@ -1,0 +1,133 @@
+"""Study E's two pictures: the loss against each currency, and each difference of `parts.CONTRASTS` with its interval.
+
+`make figures` draws them into figures/, from the runs in `data`/a (see figures/README.md).
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from vwn_ref.experiments import step_times
+from vwn_ref.experiments.compare import paired
+from vwn_ref.experiments.paper_figures import NotRun, runs_in
+from vwn_ref.experiments.parts import CONTRASTS, CURRENCIES, LOSSES, Runs, Times, price_ratio
+from vwn_ref.experiments.plots import COLOURS, MARKERS, PLAIN
+from vwn_ref.experiments.scaling import common_seeds, measures
+
+FAMILIES = {
+    "plain, wider: D = 16 to 32": ("plain", "plain-d20", "plain-d24", "plain-d28", "plain-d32"),
+    "plain, deeper: 4 to 14 blocks": ("plain", "plain-l6", "plain-l10", "plain-l14"),
+    "plain, longer: 3,000 to 5,700 steps": ("plain", "plain-4000", "plain-5700"),
+    "VWN, wide table: r = 1, 2, 4, 8": ("r1", "r2", "r4", "r8"),
+    "VWN, low-rank table: r = 1, 2, 4, 8": ("r1", "r2-lowrank", "r4-lowrank", "r8-lowrank"),
+    "VWN, static, wide table: r = 1, 2, 4": ("r1-static", "r2-static", "r4-static"),
+}
+LOOKS = ((PLAIN, "-"), (PLAIN, "--"), (PLAIN, ":"), (COLOURS[0], "-"), (COLOURS[1], "-"), (COLOURS[2], "--"))
+
+
+def drawn_seeds(runs: Runs) -> list[int]:
+    """The seeds that every model of `FAMILIES` has, of those that have run."""
+    return common_seeds([runs[name] for name in dict.fromkeys(itertools.chain(*FAMILIES.values())) if name in runs])
+
+
+def loss_against(ax: Axes, runs: Runs, currency: str, loss: str = "val_next", times: Times = None) -> None:
+    """Draw the mean of the loss against the price in one currency, over plain's, a line for each of `FAMILIES`.
+
+    What has not run is left out. All means are over the same seeds, those that every model drawn has; where there is
+    more than one, small dots are the seeds. Families all of whose models cost the same would hide one another: the
+    second one stands a little to the left, the third one further, and the axis' label says so.
+    """
+    seeds = drawn_seeds(runs)
+    ends, upright = [1.0], 0
+    for (label, names), (colour, line), marker in zip(FAMILIES.items(), LOOKS, MARKERS, strict=False):
+        groups = [[run for run in runs[name] if run.seed in seeds] for name in names if name in runs]
+        prices = [price_ratio(group, runs["plain"], times)[currency] for group in groups]
+        known = [(price, group) for price, group in zip(prices, groups, strict=True) if price is not None]
+        if not known:
+            continue
+        x = np.array([price for price, _ in known])
+        ends += list(x)
+        if len(x) > 1 and np.ptp(x) == 0:
+            x, upright = x * 0.93**upright, upright + 1
+        losses = [[run.summary[loss] for run in group] for _, group in known]
+        look = {"marker": marker, "color": colour}
+        ax.plot(x, [statistics.fmean(row) for row in losses], line, ms=5, linewidth=1.3, label=label, **look)
+        if len(seeds) > 1:
+            ax.plot(x, losses, linestyle="", ms=2, alpha=0.5, **look)
+    text = {"backbone": "arithmetic of the backbone", "arithmetic": "all arithmetic"}.get(currency, currency)
+    aside = "; VWNs all at 1×" if upright > 1 else ""
+    ax.set(xscale="log", title=text, xlabel=f"over plain's (log scale){aside}")
+    ticks = [x for x in (1, 1.5, 2, 3, 4, 6) if x <= 1.05 * max(ends)]
+    ax.set_xticks(ticks, [f"{x:g}×" for x in ticks])
+    ax.minorticks_off()
+
+
+def study_runs(data: Path) -> Runs:
+    """Runs in study A's folder, which study E shares. Raises NotRun before there is a wider plain model."""
+    runs = runs_in(data / "a")
+    if not {"plain", "plain-d32"} <= runs.keys():
+        raise NotRun("no runs of plain models of two widths yet, study E")
+    return runs
+
+
+def what_pays(data: Path, loss: str = "val_next") -> Figure:
+    """Study E: loss against each currency. Raises NotRun as `study_runs` does."""
+    runs = study_runs(data)
+    fig, axes = plt.subplots(1, 4, figsize=(12, 4.4), sharey=True)
+    times = step_times.load(data / "a", runs)
+    for ax, currency in zip(axes, CURRENCIES, strict=True):
+        loss_against(ax, runs, currency, loss, times)
+    axes[0].set_ylabel(f"validation loss, {LOSSES[loss]} (nats a token)")
+    seeds = drawn_seeds(runs)
+    of = f"means of {len(seeds)} seeds (small dots)" if len(seeds) > 1 else f"seed {seeds[0]} alone"
+    fig.suptitle(f"One gain, four prices: {of}. Lower is better, further left is cheaper", fontsize=11)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8.5)
+    return fig
+
+
+def differences(data: Path, reach: float = 0.5) -> Figure:
+    """Study E: each of `CONTRASTS` that has run, with its 95 % interval over the seeds, by next and next-2 token.
+
+    Filled marks: the interval does not hold 0. Without a bar: one seed. The axis ends at ± reach, or beyond the
+    largest mean, and cuts longer bars. Raises NotRun as `study_runs` does.
+    """
+    runs = study_runs(data)
+    found = [one for one in CONTRASTS if one.model in runs and one.base in runs]
+    groups = {about: list(rows) for about, rows in itertools.groupby(found, key=lambda one: one.about)}
+    fig, ax = plt.subplots(figsize=(8.5, 0.235 * (len(found) + len(groups)) + 1))
+    names = []
+    for about, rows in groups.items():
+        names.append(about)
+        for one in rows:
+            for k, loss in enumerate(LOSSES):
+                both = (runs[one.model], runs[one.base])
+                if not all(measures(run, loss) for group in both for run in group):
+                    continue
+                mean, half = paired(*both, loss)
+                apart = half < abs(mean)  # not so of one seed's NaN
+                at = len(names) + 0.36 * (k - 0.5)
+                ax.plot([mean - half, mean + half], [at, at], color=COLOURS[k])
+                ax.plot(mean, at, MARKERS[k], ms=4.5, color=COLOURS[k], mfc=COLOURS[k] if apart else "white")
+                reach = max(reach, 1.1 * abs(mean))
+            names.append(f"{one.what}: {one.model} − {one.base}")
+    ax.axvline(0, color=PLAIN, linewidth=1)
+    ax.set_yticks(range(len(names)), names, fontsize=8)
+    for label in ax.get_yticklabels():
+        label.set_fontweight("bold" if label.get_text() in groups else "normal")
+    ax.tick_params(axis="y", length=0)
+    ax.set(xlim=(-reach, reach), ylim=(len(names) - 0.3, -0.7))
+    ax.set_xlabel("difference of losses (nats a token); below 0: the first is better")
+    ax.grid(visible=False, axis="y")
+    marks = [Line2D([], [], color=COLOURS[k], marker=MARKERS[k], ms=4.5) for k in range(len(LOSSES))]
+    empty = Line2D([], [], color="0.4", marker="o", ms=4.5, mfc="white")
+    labels = [*LOSSES.values(), "hollow: not told apart from 0, or one seed"]
+    fig.legend([*marks, empty], labels, loc="outside lower center", ncols=3, fontsize=8.5)
+    return fig
