@@ -4,6 +4,8 @@ The suite itself is copied into an empty project and started there with the opti
 notebook for each fault: a fault has to turn its own notebook red and no other.
 """
 
+import base64
+import io
 import re
 import shutil
 import subprocess
@@ -11,10 +13,12 @@ import sys
 
 import lessons
 import nbformat
+import numpy as np
 import pytest
 from lessons import RULES, Lesson, all_lessons, dumps, normalise
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from nbval.plugin import get_sanitize_patterns
+from PIL import Image
 
 SUITE = [
     "pyproject.toml",
@@ -273,12 +277,30 @@ def test_execute_is_repeatable_and_whole_or_not_at_all(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["x.ipynb"]
 
 
+def test_small_pictures():
+    """Soft transitions between two colours and nothing: fewer bytes, white for nothing, no pixel far off."""
+    wide = np.zeros((60, 200, 4), np.uint8)
+    wide[..., 0], wide[..., 2], wide[30:, :, 3] = np.arange(200), 255 - np.arange(200), 255
+    file = io.BytesIO()
+    Image.fromarray(wide).save(file, "PNG")
+    found = base64.b64decode(lessons.small(base64.b64encode(file.getvalue()).decode()))
+    with Image.open(io.BytesIO(found)) as image:
+        seen = np.asarray(image.convert("RGB")).astype(int)
+        assert image.mode == "P"
+    assert seen.shape == (60, 200, 3) and (seen[:30] == 255).all()
+    assert abs(seen[30:] - wide[30:, :, :3]).max() <= 4
+
+
 def test_normalise_twice_is_normalise_once():
     nb = sound()
+    nb.cells[-1].metadata["jupyter"] = {"outputs_hidden": True, "source_hidden": True, "other": True}
     nb.cells += [code("y = x"), code("y = x")]  # equal sources still get ids of their own
     once = dumps(normalise(nb))
     assert dumps(normalise(nb)) == once
     assert len({cell.id for cell in nb.cells}) == len(nb.cells)
+    assert [cell.metadata.jupyter for cell in nb.cells if cell.metadata] == [
+        {"outputs_hidden": True, "source_hidden": True}
+    ]
     nbformat.validate(nb)
 
 
