@@ -9,6 +9,7 @@ import itertools
 import json
 from fractions import Fraction
 
+import numpy as np
 import pytest
 
 from vwn_ref.config import VWNConfig, check_choice, check_float, check_int, check_widths
@@ -62,6 +63,7 @@ def test_refused(base, change, message):
     [
         (lambda: check_int("dim", 64.0), "dim = 64.0: must be an integer ≥ 1"),
         (lambda: check_int("dim", True), "dim = True: must be an integer ≥ 1"),
+        (lambda: check_int("dim", np.int64(64)), "dim = np.int64(64): must be a Python int ≥ 1"),
         (lambda: check_int("dim", "64"), "dim = '64': must be an integer ≥ 1"),
         (lambda: check_int("n_experts", None, least=0), "n_experts = None: must be an integer ≥ 0"),
         (lambda: check_float("mtp_weight", "a"), "mtp_weight = 'a': must be a finite number ≥ 0"),

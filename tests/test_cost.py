@@ -303,3 +303,9 @@ def test_refused(call, message, no_shape_checks):
     with pytest.raises(ValueError) as raised:
         call()
     assert message in str(raised.value)
+
+
+def test_sum_of_flops():
+    parts = [cost.Flops(1, 2), cost.Flops(3, 4)]
+    assert sum(parts, cost.Flops()) == parts[0] + parts[1] == cost.add(*parts) == cost.Flops(4, 6)
+    assert cost.add() == cost.Flops()

@@ -9,7 +9,7 @@ from torch import nn
 from torch.func import functional_call
 
 from vwn_ref.dynamic import DynamicGHC
-from vwn_ref.ghc import GHC, routing_matrix
+from vwn_ref.ghc import GHC, parameter_groups, routing_matrix
 
 SIZES = [(1, 1), (1, 4), (2, 3), (3, 5), (4, 4), (4, 8), (5, 7), (8, 64)]
 LEADS = [(), (3,), (2, 5), (2, 1, 3), (0,), (1,), (2, 0), (1, 1)]
@@ -266,6 +266,42 @@ def test_refuses_a_sublayer_output_of_the_wrong_width(kernels):
     _, state = module.width(torch.zeros(2, 3, 4))
     with pytest.raises(ValueError, match=r"z has shape \(2, 6\): must be \[\.\.\., 8\]"):
         module.depth(torch.zeros(2, 6), state)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("cls", [GHC, DynamicGHC])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_refuses_a_sublayer_output_of_other_tokens(cls, kernels, autocast, no_shape_checks):
+    """Nothing is broadcast: not one token's output to all, not one row's state to many."""
+    module = cls(8, 2, 3, kernels=kernels)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for H, z in (((2, 5, 3, 4), (2, 1, 8)), ((1, 5, 3, 4), (7, 5, 8)), ((5, 3, 4), (2, 5, 8))):
+            _, state = module.width(torch.zeros(H))
+            with pytest.raises(ValueError, match=r"z has shape \(.*\): must be"):
+                module.depth(torch.zeros(z), state)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_refuses_what_is_no_sublayer_output(kernels, no_shape_checks):
+    module = GHC(8, 2, 3, kernels=kernels)
+    H = torch.zeros(2, 3, 4)
+    with pytest.raises(
+        TypeError, match=r"z is a tuple: must be a tensor \[\.\.\., 8\]; .* between `width` and `depth`"
+    ):
+        module(H, lambda x: (x, None))
+    with pytest.raises(TypeError, match=r"z has dtype torch.bfloat16: must be torch.float32"):
+        module(H, lambda x: x.bfloat16())
+    with pytest.raises(ValueError, match=r"\[\.\.\., 3, 4\]; H\.unflatten\(-1, \(3, 4\)\) cuts a vector"):
+        module.width(torch.zeros(2, 12))
+
+
+def test_parameter_groups_of_any_module():
+    own = torch.nn.ModuleDict({"ghc": DynamicGHC(8, 2, 3), "layer": torch.nn.Linear(8, 8)})
+    names = {id(p): name for name, p in own.named_parameters()}
+    decayed, exempt = parameter_groups(own, 0.3)
+    assert (decayed["weight_decay"], exempt["weight_decay"]) == (0.3, 0.0)
+    assert {names[id(p)] for p in exempt["params"]} == {"ghc.A", "ghc.B", "ghc.norm.weight", "layer.bias"}
+    assert {names[id(p)] for p in decayed["params"]} == set(names.values()) - {names[id(p)] for p in exempt["params"]}
 
 
 def test_refuses_unknown_kernels():

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from vwn_ref import GHC, VWNConfig, VWNTransformer
+from vwn_ref.depth import record
 
 SMALL = dict(vocab_size=50, dim=16, n_layers=3, n_heads=2)
 SIZES = [(1, 1), (1, 4), (2, 3), (4, 4), (4, 8), (8, 24)]
@@ -145,6 +146,14 @@ def test_generate():
     assert set(many.tolist()) <= set(model(start[:1])[0, -1].topk(3).indices.tolist())
 
 
+def test_generate_leaves_every_mode_as_it_was():
+    model = build(m=2, n=3).train()
+    model.reduce.eval()
+    before = [module.training for module in model.modules()]
+    model.generate(torch.zeros(1, 2, dtype=torch.long), 1)
+    assert [module.training for module in model.modules()] == before and True in before and False in before
+
+
 def test_generate_at_the_edges():
     model = build(m=2, n=4)
     start = torch.randint(0, 50, (2, 3))
@@ -198,7 +207,9 @@ def test_gradients_by_sample(kernels, no_shape_checks):
         (lambda m: m.generate(torch.zeros(1, 2, dtype=torch.long), -1), "max_new_tokens = -1"),
         (lambda m: m.generate(torch.zeros(1, 0, dtype=torch.long), 1), "t ≥ 1"),
         (lambda m: m(torch.zeros(1, 1025, dtype=torch.long)), "max_seq_len = 1024"),
-        (lambda m: m.loss(torch.zeros(1, 1, dtype=torch.long)), "t ≥ 2"),
+        (lambda m: m.loss(torch.zeros(1, 1, dtype=torch.long)), r"\(1, 1\): must be .* 2 ≤ t ≤ 1025"),
+        (lambda m: m.loss(torch.zeros(1, 1026, dtype=torch.long)), r"\(1, 1026\): must be .* 2 ≤ t ≤ 1025"),
+        (lambda m: record(m, torch.zeros(1, 1025, dtype=torch.long)), "max_seq_len = 1024"),
         (lambda m: m.loss(torch.zeros(0, 5, dtype=torch.long)), "b ≥ 1"),
     ],
 )

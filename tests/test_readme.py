@@ -15,12 +15,11 @@ TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 def test_examples_run(capsys):
     blocks = re.findall(r"```python\n(.*?)```", TEXT, re.S)
     assert len(blocks) == 2
-    scope: dict = {}
+    scope: dict = {"__name__": "readme"}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), scope)
-    expected = re.search(r"print\(.*\)  # (.*)", blocks[0]).group(1)
-    assert capsys.readouterr().out.strip() == expected
-    assert scope["H"].shape == (2, 10, 8, 16)
+        expected = re.search(r"print\(.*\)  # (.*)", block).group(1)
+        assert capsys.readouterr().out.strip() == expected
 
 
 def test_commands_parse():

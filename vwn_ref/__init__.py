@@ -7,8 +7,8 @@ Reading order, with the paper's equations: `config` · `embedding` (1)-(3) · `g
 
 from vwn_ref.config import VWNConfig
 from vwn_ref.dynamic import DynamicGHC
-from vwn_ref.embedding import OverWidthEmbedding
-from vwn_ref.ghc import GHC
+from vwn_ref.embedding import OverWidthEmbedding, segments
+from vwn_ref.ghc import GHC, parameter_groups
 from vwn_ref.model import Losses, VWNTransformer
 from vwn_ref.mtp import BlockLinear, MTPHead
 from vwn_ref.reduce import Reduce
@@ -23,5 +23,7 @@ __all__ = [
     "Reduce",
     "VWNConfig",
     "VWNTransformer",
+    "parameter_groups",
+    "segments",
 ]
 __version__ = "0.1.0"

@@ -15,13 +15,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from fractions import Fraction
+from numbers import Integral
 from typing import Literal
 
 
 def check_int(name: str, value: object, least: int = 1) -> None:
     """Raise ValueError unless `value` is an integer ≥ `least`; the message names the field."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} = {value!r}: must be an integer ≥ {least}")
+        kind = "a Python int" if isinstance(value, Integral) and not isinstance(value, int) else "an integer"
+        raise ValueError(f"{name} = {value!r}: must be {kind} ≥ {least}")
 
 
 def check_float(name: str, value: object, least: float = 0.0, *, above: bool = False) -> None:
@@ -58,6 +60,8 @@ REDUCE_INITS = ("mean", "first", "random")
 @dataclass(frozen=True)
 class VWNConfig:
     """Everything that fixes a model. `m = n = None` is the plain pre-norm Transformer it is compared with.
+
+    `python -m vwn_ref.experiments.train --help` explains every field.
 
     Raises ValueError at construction for every inconsistent choice, naming the field, its value and what
     it must be.

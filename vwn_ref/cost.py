@@ -11,7 +11,8 @@
 | a plain layer             | `PLAIN_ACTIVATION_BYTES`    | 34D                                         |
 
 A multiply and an add are two FLOPs. Matrix products and the paper's four terms are counted, and norms and residual adds
-beside them; softmax, rotary positions, SiLU, tanh and top-k are not.
+beside them; softmax, rotary positions, SiLU, tanh and top-k are not. PyTorch's own FlopCounterMode sees nothing of the
+fused kernels: count with kernels="reference".
 
 Whether the paper's numbers add up:
 
@@ -55,13 +56,16 @@ class Flops(NamedTuple):
     def total(self) -> int:
         return self.matmul + self.elementwise
 
+    def __add__(self, other: Flops) -> Flops:  # not the tuples one behind the other
+        return Flops(self.matmul + other.matmul, self.elementwise + other.elementwise)
+
     def times(self, factor: int) -> Flops:
         return Flops(factor * self.matmul, factor * self.elementwise)
 
 
 def add(*parts: Flops) -> Flops:
     """Sum of several."""
-    return Flops(sum(p.matmul for p in parts), sum(p.elementwise for p in parts))
+    return sum(parts, Flops())
 
 
 # ------------------------------------------------------------------------------------------- one GHC

@@ -70,9 +70,12 @@ def trace(connections: Iterable, layers: Iterable[Callable], H: Float[Tensor, "*
 
 
 def record(model, tokens: Int[Tensor, "b t"], *, grad: bool = False) -> Recording:
-    """`trace` of a VWNTransformer on tokens [b, t]; the MTP head is not in it. Without gradients unless `grad`."""
+    """`trace` of a VWNTransformer on tokens [b, t]; the MTP head is not in it. Without gradients unless `grad`.
+
+    Raises ValueError where t > max_seq_len.
+    """
     with torch.set_grad_enabled(grad):
-        return trace(model.connections, model.sublayers, model.embedding(tokens))
+        return trace(model.connections, model.sublayers, model._embedded(tokens))
 
 
 # ------------------------------------------------------------------------------------------ Eq. (17)

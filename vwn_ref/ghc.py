@@ -56,10 +56,34 @@ def width(H: Float[Tensor, "*b n d"], A: Float[Tensor, "*#b n k"], B: Float[Tens
 
 
 def depth(z: Float[Tensor, "*b D"], state: State) -> Float[Tensor, "*b n d"]:
-    """Depth connection, the outer half of Eq. (10): H′ˡ = Bᵀ Z + carried, Z the m segments of z as rows."""
+    """Depth connection, the outer half of Eq. (10): H′ˡ = Bᵀ Z + carried, Z the m segments of z as rows.
+
+    Raises ValueError where z is not of the tokens that the state is of; nothing is broadcast.
+    """
     B, carried = state
+    if z.shape[:-1] != carried.shape[:-2]:
+        raise ValueError(
+            f"z has shape {tuple(z.shape)}: must be [..., D] with H′ {tuple(carried.shape)}, [..., n, d_b]"
+        )
     Z = rearrange(z, "... (m d) -> ... m d", m=B.shape[-2])
     return einsum(B, Z, "... m n, ... m d -> ... n d") + carried
+
+
+def parameter_groups(module: nn.Module, weight_decay: float, *, decay_static: bool = False) -> list[dict]:
+    """Two groups for an optimizer: weight decay on matrices, none on vectors and, after §3.3, on static A and B.
+
+    Vectors are norm gains and biases. The dynamic part, W and S, is decayed. `decay_static` decays A and B as well, to
+    see what it does. `module` is anything with GHCs in it.
+
+    >>> groups = parameter_groups(nn.ModuleList([GHC(8, 2, 3), nn.Linear(8, 8)]), weight_decay=0.1)
+    >>> [(len(group["params"]), group["weight_decay"]) for group in groups]
+    [(1, 0.1), (3, 0.0)]
+    """
+    static = {id(p) for ghc in module.modules() if isinstance(ghc, GHC) and not decay_static for p in (ghc.A, ghc.B)}
+    decayed, exempt = [], []
+    for p in module.parameters():
+        (exempt if id(p) in static or p.ndim < 2 else decayed).append(p)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
 
 
 class GHC(nn.Module):
@@ -71,7 +95,11 @@ class GHC(nn.Module):
         n: slots of the over-width state, each d_b = D/m wide; n ≥ m.
         kernels: what computes it, see `vwn_ref.ops`.
 
-    Parameters: `A` [n, m+n] and `B` [m, n], initially Eqs. (16) and (15). No weight decay on either.
+    Parameters: `A` [n, m+n] and `B` [m, n], initially Eqs. (16) and (15). They are to have no weight decay (§3.3):
+    `parameter_groups` tells an optimizer.
+
+    The sublayer brings its own norm, lambda x: attention(norm(x)), and does not add its input: Â carries, where a plain
+    Transformer has its residual. One with more arguments or more outputs goes between `width` and `depth`.
 
     >>> ghc = GHC(dim=8, m=2, n=3)
     >>> x, state = ghc.width(torch.zeros(5, 7, 3, 4))      # H [..., n, d_b]
@@ -113,13 +141,23 @@ class GHC(nn.Module):
         return self.ops.width(self._check_state(H), self.A, self.B)
 
     def depth(self, z: Float[Tensor, "*b D"], state: State) -> Float[Tensor, "*b n d"]:
-        """z [..., D], the sublayer's output, and `width`'s state -> the next H [..., n, d_b]."""
+        """z [..., D], the sublayer's output, and `width`'s state -> the next H [..., n, d_b].
+
+        Raises TypeError or ValueError where z is not a tensor of the dtype, the tokens and the width that x has.
+        """
+        if not isinstance(z, Tensor):
+            raise TypeError(
+                f"z is a {type(z).__name__}: must be a tensor [..., {self.dim}]; a sublayer with more outputs goes "
+                "between `width` and `depth`"
+            )
+        if z.dtype != self.A.dtype and not torch.is_autocast_enabled(z.device.type):
+            raise TypeError(f"z has dtype {z.dtype}: must be {self.A.dtype}, the dtype of the parameters")
         if z.shape[-1:] != (self.dim,):
             raise ValueError(f"z has shape {tuple(z.shape)}: must be [..., {self.dim}], the sublayer's output")
         return self.ops.depth(z, state)
 
     def forward(self, H: Float[Tensor, "*b n d"], layer: Callable[[Tensor], Tensor]) -> Float[Tensor, "*b n d"]:
-        """Eq. (10) whole, around the sublayer `layer`: [..., D] -> [..., D]."""
+        """Eq. (10) whole, around the sublayer `layer`: [..., D] -> [..., D], without a residual of its own."""
         x, state = self.width(H)
         return self.depth(layer(x), state)
 
@@ -128,8 +166,14 @@ class GHC(nn.Module):
 
     def _check_state(self, H: Tensor) -> Tensor:
         if H.shape[-2:] != (self.n, self.slot_width):
+            over_width = self.n * self.slot_width
+            hint = (
+                f"; H.unflatten(-1, ({self.n}, {self.slot_width})) cuts a vector"
+                if H.shape[-1:] == (over_width,)
+                else ""
+            )
             raise ValueError(
-                f"H has shape {tuple(H.shape)}: must be [..., n, d_b] = [..., {self.n}, {self.slot_width}]"
+                f"H has shape {tuple(H.shape)}: must be [..., n, d_b] = [..., {self.n}, {self.slot_width}]{hint}"
             )
         if H.dtype != self.A.dtype and not torch.is_autocast_enabled(H.device.type):
             raise TypeError(f"H has dtype {H.dtype}: must be {self.A.dtype}, the dtype of the parameters")

@@ -25,7 +25,7 @@ from vwn_ref.backbone import MoE, Residual, at_least_float32, sublayers, unembed
 from vwn_ref.config import VWNConfig, check_int
 from vwn_ref.dynamic import DynamicGHC
 from vwn_ref.embedding import OverWidthEmbedding
-from vwn_ref.ghc import GHC
+from vwn_ref.ghc import GHC, parameter_groups
 from vwn_ref.mtp import MTPHead
 from vwn_ref.ops import through
 from vwn_ref.reduce import Reduce
@@ -90,12 +90,13 @@ class VWNTransformer(nn.Module):
         """Training losses of windows of t ≥ 2 tokens (≥ 3 with MTP): each token but the first is a target.
 
         The next-2-token loss, where there is an MTP head, covers the targets that have two tokens before them.
-        Raises ValueError for a window too short to have a target.
+        Every token is one of the text: there is no padding and no mask.
+        Raises ValueError for windows too short to have a target, or longer than max_seq_len + 1.
         """
-        shortest = 3 if self.mtp else 2
-        if tokens.ndim != 2 or tokens.shape[0] == 0 or tokens.shape[1] < shortest:
+        shortest, longest = 3 if self.mtp else 2, self.cfg.max_seq_len + 1
+        if tokens.ndim != 2 or tokens.shape[0] == 0 or not shortest <= tokens.shape[1] <= longest:
             raise ValueError(
-                f"tokens have shape {tuple(tokens.shape)}: must be [b, t] with b ≥ 1 and t ≥ {shortest}, "
+                f"tokens have shape {tuple(tokens.shape)}: must be [b, t] with b ≥ 1 and {shortest} ≤ t ≤ {longest}, "
                 "the last token is only a target"
             )
         E = self._embedded(tokens[:, :-1])
@@ -137,7 +138,7 @@ class VWNTransformer(nn.Module):
             check_int("top_k", top_k)
         if tokens.ndim != 2 or tokens.shape[1] == 0:
             raise ValueError(f"tokens have shape {tuple(tokens.shape)}: must be [b, t] with t ≥ 1 to continue")
-        training = self.training
+        training = [module for module in self.modules() if module.training]
         self.eval()
         try:
             for _ in range(max_new_tokens):
@@ -156,19 +157,13 @@ class VWNTransformer(nn.Module):
                     choice = torch.multinomial(p, 1, generator=generator)
                 tokens = torch.cat([tokens, choice.to(tokens.dtype)], dim=1)
         finally:
-            self.train(training)
+            for module in training:
+                module.training = True
         return tokens
 
     def parameter_groups(self, weight_decay: float, *, decay_static: bool = False) -> list[dict]:
-        """Two groups for an optimizer: weight decay on matrices, none on norm gains and, after §3.3, static A and B.
-
-        The dynamic part, W and S, is decayed. `decay_static` decays A and B as well, to see what it does.
-        """
-        static = {id(p) for ghc in self.modules() if isinstance(ghc, GHC) and not decay_static for p in (ghc.A, ghc.B)}
-        decayed, exempt = [], []
-        for p in self.parameters():
-            (exempt if id(p) in static or p.ndim < 2 else decayed).append(p)
-        return [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
+        """`vwn_ref.ghc.parameter_groups` of this model."""
+        return parameter_groups(self, weight_decay, decay_static=decay_static)
 
     def _embedded(self, tokens: Tensor) -> Tensor:
         """H′⁰, if the tokens are what a model takes."""

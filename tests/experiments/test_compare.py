@@ -95,6 +95,18 @@ def test_runs_on_other_text_are_not_paired(tmp_path):
         paired(runs["wide"], runs["plain"])
 
 
+@pytest.mark.parametrize("field", ["seq_len", "val_tokens"])
+def test_other_windows_are_not_paired_and_cost_no_table(tmp_path, field):
+    for name, value, loss in (("plain", 16, 3.0), ("long", 64, 1.0), ("r2", 16, 2.5)):
+        write(tmp_path, name, 0, loss, **{field: value})
+    runs = load_runs(tmp_path)
+    with pytest.raises(ValueError, match=f"long and plain: must be runs with the same {field}"):
+        paired(runs["long"], runs["plain"])
+    lines = {line.split(" | ")[0]: line for line in table(tmp_path).splitlines()}
+    assert lines["| long"].endswith(f"| not comparable, {field} differs |")
+    assert lines["| r2"].endswith("| -0.5000 (no interval) |")
+
+
 def test_refuses(tmp_path):
     with pytest.raises(FileNotFoundError, match="<variant>-s<seed>"):
         table(tmp_path)

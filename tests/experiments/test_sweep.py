@@ -213,6 +213,14 @@ def test_folders_without_a_name(write, name):
         execute(SweepArguments(str(write()), **{name: ""}), "")
 
 
+@pytest.mark.parametrize("dry", [True, False])
+def test_text_that_is_not_there_is_refused_before_anything_starts(write, text_folder, tmp_path, dry):
+    file = write((str(text_folder), "nowhere.txt"))
+    with pytest.raises(FileNotFoundError, match=r"data\.files: 'nowhere\.txt' must name a file"):
+        execute(SweepArguments(str(file), out=str(tmp_path / "runs"), dry_run=dry), "")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_byte_order_mark_is_no_statement(write):
     file = write()
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
@@ -241,6 +249,7 @@ def test_every_field_can_be_set():
 @pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
 def test_the_studies(file, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "find_files", lambda data: [])  # of the folder that the command is called in
     assert execute(SweepArguments(str(file), dry_run=True), "") == 0
     runs = read_sweep(file).runs
     assert capsys.readouterr().out.endswith(f"{len(runs)} runs, 0 finished\n")
@@ -414,9 +423,7 @@ def test_static_matrices_decay_when_asked(tiny):
 
 def test_a_failing_run_and_a_locked_one(write, tmp_path, capsys):
     """The third is made all the same."""
-    variants = (
-        '[variants.gone]\ndata.files = ["nowhere.txt"]\n[variants.locked]\nlr = 0.02\n[variants.plain]\nsteps = 9'
-    )
+    variants = "[variants.short]\ndata.max_bytes = 1\n[variants.locked]\nlr = 0.02\n[variants.plain]\nsteps = 9"
     file = write(("[variants.plain]", variants), ("seeds = [0, 1]", "seeds = [0]"), ('[variants."r1.5"]', ""))
     file.write_text(file.read_text().rpartition("model = {")[0])
     out = tmp_path / "runs"
@@ -425,10 +432,10 @@ def test_a_failing_run_and_a_locked_one(write, tmp_path, capsys):
         assert execute(SweepArguments(str(file), str(out), jobs=3), "") == 1
     said = capsys.readouterr().err
     assert "plain-s0: finished, val_next " in said
-    assert "gone-s0: failed, exit status 1\nerror: data.files: 'nowhere.txt' must name a file" in said
+    assert "short-s0: failed, exit status 1\nerror: " in said
     assert "locked-s0: another process is at it, left to that" in said
     assert "1 of 3 runs are finished, 1 of them now" in said
-    assert said.endswith("at another process: locked-s0\nfailed: gone-s0\n")
+    assert said.endswith("at another process: locked-s0\nfailed: short-s0\n")
     assert not (out / "locked-s0" / "config.json").exists()
 
 

@@ -19,7 +19,17 @@ from vwn_ref import VWNConfig
 from vwn_ref.experiments import train as module
 from vwn_ref.experiments.checkpoint import CheckpointError
 from vwn_ref.experiments.data import DataConfig, load_corpus
-from vwn_ref.experiments.train import TrainConfig, load_run, lr_at, parse, train, train_batch, val_starts, windows
+from vwn_ref.experiments.train import (
+    TrainConfig,
+    load_run,
+    lr_at,
+    main,
+    parse,
+    train,
+    train_batch,
+    val_starts,
+    windows,
+)
 from vwn_ref.experiments.world import World
 
 
@@ -191,6 +201,23 @@ def test_progress(tiny, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_what_resume_finds_is_told(tiny, tmp_path, capsys):
+    """A mistyped folder holds nothing to go on from."""
+    folder = str(tmp_path / "run")
+    train(tiny(steps=4, out=folder, resume=True, progress=True))
+    assert f"{folder}: starts, there is no checkpoint to go on from\n" in capsys.readouterr().err
+
+
+def test_a_run_that_is_all_warm_up_is_told(text_folder, monkeypatch, capsys):
+    """As many steps as warm-up never reach the rate; the run goes on."""
+    line = f"--data.files {text_folder} --data.vocab-size 280 --model.dim 8 --model.n-heads 1 --model.n-layers 1 "
+    line += "--steps 3 --batch-size 1 --seq-len 8 --val-tokens 8 --device cpu --no-progress"
+    for more, told in (("", True), (" --warmup 2", False)):
+        monkeypatch.setattr(sys, "argv", ["train", *(line + more).split()])
+        main()
+        assert ("warmup = 100: the run's 3 steps are all warm-up" in capsys.readouterr().err) == told
+
+
 # --------------------------------------------------------------------------------------------------- refused
 
 
@@ -216,6 +243,21 @@ def test_bad_fields(tiny, changes, message):
     wrong_type = changes.get("schedule") or changes.get("dtype")
     with pytest.raises(Exception if wrong_type else ValueError, match=None if wrong_type else message):
         tiny(**changes)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TrainConfig(resume="yes"), "resume = 'yes': must be True or False"),
+        (lambda: TrainConfig(compile=1), "compile = 1: must be True or False"),
+        (lambda: TrainConfig(model={"dim": 8}), "model = {'dim': 8}: must be a VWNConfig"),
+        (lambda: TrainConfig(data=None), "data = None: must be a DataConfig"),
+        (lambda: DataConfig(files="a.txt"), r"data.files = 'a.txt': must be a tuple of names, \('a.txt',\)"),
+    ],
+)
+def test_wrong_types(make, message, no_shape_checks):
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 @pytest.mark.parametrize(

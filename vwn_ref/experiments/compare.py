@@ -118,19 +118,35 @@ def load_runs(folder: str | Path) -> dict[str, list[KeptRun]]:
     return found
 
 
+class NotPaired(ValueError):
+    """Two models whose losses are not of the same text."""
+
+
 def paired(runs: Sequence[KeptRun], base: Sequence[KeptRun], name: str = "val_next") -> Estimate:
     """Loss of `runs` minus loss of `base` over the seeds that both have.
 
-    Raises ValueError where they have no seed in common, or were trained on different text.
+    Raises NotPaired where they were trained on different text or validated on different windows, ValueError where they
+    have no seed in common.
     """
-    texts = {(run.summary.get("corpus") or {}).get("digest") for run in (*runs, *base)}
-    if len(texts) > 1:
-        raise ValueError(f"{runs[0].name} and {base[0].name}: must be runs on the same corpus")
+    both = f"{runs[0].name} and {base[0].name}"
+    if len({(run.summary.get("corpus") or {}).get("digest") for run in (*runs, *base)}) > 1:
+        raise NotPaired(f"{both}: must be runs on the same corpus")
+    for field in ("seq_len", "val_tokens"):  # these fix the windows
+        if len({run.config.get(field) for run in (*runs, *base)}) > 1:
+            raise NotPaired(f"{both}: must be runs with the same {field}")
     there = {run.seed: run.summary[name] for run in base}
-    both = [run.summary[name] - there[run.seed] for run in runs if run.seed in there]
-    if not both:
-        raise ValueError(f"{runs[0].name} and {base[0].name}: must have a seed in common")
-    return interval(both)
+    differences = [run.summary[name] - there[run.seed] for run in runs if run.seed in there]
+    if not differences:
+        raise ValueError(f"{both}: must have a seed in common")
+    return interval(differences)
+
+
+def paired_or_why(runs: Sequence[KeptRun], base: Sequence[KeptRun], name: str = "val_next") -> str:
+    """`paired` for a table's cell, which says so where the two cannot be compared."""
+    try:
+        return str(paired(runs, base, name))
+    except NotPaired as reason:
+        return f"not comparable, {str(reason).rpartition('same ')[2]} differs"
 
 
 def table(folder: str | Path, base: str = "plain") -> str:
@@ -141,7 +157,7 @@ def table(folder: str | Path, base: str = "plain") -> str:
     lines = ["| model | parameters | validation loss by seed | mean | against " + base + " |", "|---|---|---|---|---|"]
     for name, runs in sorted(found.items(), key=lambda item: (item[0] != base, item[0])):
         losses = [run.summary["val_next"] for run in runs]
-        difference = "" if name == base else str(paired(runs, found[base]))
+        difference = "" if name == base else paired_or_why(runs, found[base])
         lines.append(
             f"| {name} | {runs[0].summary['parameters']:,} | {', '.join(f'{x:.4f}' for x in losses)} "
             f"| {statistics.fmean(losses):.4f} | {difference} |"

@@ -81,6 +81,8 @@ class DataConfig:
     """Where token arrays are kept. None: the environment's VWN_REF_CACHE, else the user's cache folder."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.files, str):
+            raise ValueError(f"data.files = {self.files!r}: must be a tuple of names, ({self.files!r},)")
         check_int("data.vocab_size", self.vocab_size, least=SMALLEST_VOCABULARY)
         if self.vocab_size > LARGEST_VOCABULARY:
             raise ValueError(f"data.vocab_size = {self.vocab_size}: must be ≤ {LARGEST_VOCABULARY}")

@@ -18,11 +18,12 @@ A sweep is a TOML file. Its fields are those of `TrainConfig`; data.vocab_size s
     [grid]                            # optional: every variant with every combination of these
     lr = [0.005, 0.01]
 
-A run lives in <out>/<variant>[-<field><value>…]-s<seed>, where `compare` and `load_run` find it. Runs are made in the
-order of the seeds, so that a sweep cut short has whole seeds. What is finished is left alone, what was interrupted goes
-on from its checkpoint: after Ctrl-C, SIGTERM, SIGKILL or a power cut the same command goes on.
+A run lives in <out>/<variant>[-<field><value>…]-s<seed>, where `compare` and `load_run` find it; folders and text files
+are relative to where the command is called. Runs are made in the order of the seeds, so that a sweep cut short has
+whole seeds. What is finished is left alone, what was interrupted goes on from its checkpoint: after Ctrl-C, SIGTERM,
+SIGKILL or a power cut the same command goes on.
 
-    … sweep FILE --dry-run            # check the file and the folders, list the runs, train nothing
+    … sweep FILE --dry-run            # check file, folders and text, list the runs, train nothing
     … sweep FILE --table              # losses, and paired differences with 95 % intervals, of what is finished
     … sweep FILE --keep figures/data/small        # copy config, log and summary of what is finished
 
@@ -65,9 +66,9 @@ from tqdm import tqdm
 
 from vwn_ref.config import VWNConfig
 from vwn_ref.cost import model_parameters
-from vwn_ref.experiments.compare import KeptRun, keep, paired, read_run
+from vwn_ref.experiments.compare import KeptRun, keep, paired_or_why, read_run
 from vwn_ref.experiments.console import Signals, note, told
-from vwn_ref.experiments.data import DataConfig
+from vwn_ref.experiments.data import DataConfig, find_files
 from vwn_ref.experiments.run import Locked, Run, flat
 from vwn_ref.experiments.train import Stopped, TrainConfig, train
 
@@ -473,7 +474,7 @@ def measures(run: Planned, loss: str) -> bool:
 def difference(runs: list[KeptRun], base: list[KeptRun], loss: str) -> str:
     """The paired difference in words; empty where no seed has both."""
     common = {run.seed for run in runs} & {run.seed for run in base}
-    return str(paired(runs, base, loss)) if common else ""
+    return paired_or_why(runs, base, loss) if common else ""
 
 
 def cpu_hours(runs: Sequence[Planned]) -> str:
@@ -504,7 +505,7 @@ class SweepArguments:
     shard: str | None = None
     """i/k: only every k-th run, from the i-th."""
     dry_run: bool = False
-    """Check file and folders, list the runs, train nothing."""
+    """Check the file, the folders and that the text is there, list the runs, train nothing."""
     table: bool = False
     """Print the table of the finished runs, train nothing."""
     keep: str | None = None
@@ -532,6 +533,9 @@ def execute(arguments: SweepArguments, command: str) -> int:
         raise ValueError(f"jobs = {arguments.jobs}: must be ≥ 1")
     runs = list(sweep.runs) if arguments.shard is None else shard(sweep.runs, arguments.shard)
     check_folders(sweep.runs)
+    if not arguments.table and arguments.keep is None:
+        for data in {run.config.data for run in runs if run.config.data.files}:
+            find_files(data)  # before anything starts
     if arguments.dry_run:
         print(listing(runs))
         return 0

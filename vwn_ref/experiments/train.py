@@ -46,7 +46,10 @@ PART = ("total", "next", "next2", "balance")  # the fields of Losses
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that fixes a run. Raises ValueError at construction for every inconsistent choice."""
+    """Everything that fixes a run. Raises ValueError at construction for every inconsistent choice.
+
+    `python -m vwn_ref.experiments.train --help` explains every field.
+    """
 
     model: VWNConfig = field(default_factory=lambda: VWNConfig(vocab_size=DataConfig.vocab_size))
     """The model; its vocabulary must be as large as data.vocab_size (the command line sees to that)."""
@@ -85,7 +88,8 @@ class TrainConfig:
     seed: int = 0
     """Fixes initial weights and batches; models of one seed see the same batches."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: autocast, weights stay in float32."""
+    """bfloat16: autocast, weights stay in float32. A VWN's state is then bfloat16, while the plain model's residual
+    stream, a sum, stays in float32: two models compared so do not carry with equal precision."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto: cuda where there is one."""
     compile: bool = False
@@ -104,6 +108,9 @@ class TrainConfig:
     """Show progress on stderr."""
 
     def __post_init__(self) -> None:
+        for name, kind in (("model", VWNConfig), ("data", DataConfig)):
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(f"{name} = {getattr(self, name)!r}: must be a {kind.__name__}")
         for name in ("steps", "batch_size", "seq_len", "log_interval", "val_interval", "val_tokens"):
             check_int(name, getattr(self, name))
         check_int("checkpoint_interval", self.checkpoint_interval)
@@ -118,8 +125,9 @@ class TrainConfig:
         for name in ("beta1", "beta2"):
             if getattr(self, name) >= 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be < 1")
-        if not isinstance(self.decay_static, bool):
-            raise ValueError(f"decay_static = {self.decay_static!r}: must be True or False")
+        for name in ("decay_static", "resume", "compile", "progress"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} = {getattr(self, name)!r}: must be True or False")
         check_choice("schedule", self.schedule, ("cosine", "linear", "constant"))
         check_choice("dtype", self.dtype, ("float32", "bfloat16"))
         if self.model.vocab_size != self.data.vocab_size:
@@ -280,7 +288,8 @@ def train_loop(config: TrainConfig, corpus: Corpus, world: World, run: Run, sign
     if config.resume and world.rank == 0:
         run.cut_log()
         if config.progress:
-            note(f"{run.folder}: goes on at step {first} of {config.steps}")
+            goes_on = f"goes on at step {first} of {config.steps}"
+            note(f"{run.folder}: {goes_on if kept is not None else 'starts, there is no checkpoint to go on from'}")
 
     def save(step: int) -> None:
         world.mean(sums)
@@ -530,6 +539,8 @@ def main() -> None:
     leader = os.environ.get("RANK", "0") == "0"
     if config.out is None and leader:
         note("out is not given: nothing will be kept")
+    if leader and config.warmup >= config.steps:
+        note(f"warmup = {config.warmup}: the run's {config.steps} steps are all warm-up, it never has lr = {config.lr}")
     with told(FloatingPointError, RuntimeError):
         try:
             result = train(config)
