@@ -27,6 +27,10 @@ def of(m: int, n: int, slot_width: int, dtype: torch.dtype):
         library = compiler.library(m, n, slot_width, dtype)
         if library is not None:
             return cpu_cpp.Operations(library)
+        if _wanted() == "c++":
+            raise RuntimeError(
+                f"VWN_REF_CPU_BACKEND = 'c++': must compile here, for m = {m}, n = {n}, d_b = {slot_width}, {dtype}"
+            )
     return cpu_torch
 
 
@@ -51,7 +55,10 @@ def cpu_backend() -> str:
 
 @contextlib.contextmanager
 def cpu_backend_forced(name: str | None):
-    """Within this context: "c++" or "torch" whatever `cpu_backend` would say; None lifts it. For tests and timings."""
+    """Within this context: "c++", or RuntimeError where it does not compile, or "torch"; None lifts it.
+
+    For tests and timings; the environment's VWN_REF_CPU_BACKEND does the same for a process.
+    """
     global _forced
     if name is not None and name not in CHOICES:
         raise ValueError(f"name = {name!r}: must be one of {', '.join(map(repr, CHOICES))} or None")

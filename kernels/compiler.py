@@ -1,9 +1,9 @@
 """Compiles `ghc_cpu.cpp` for one shape, once, and loads it; says None where that cannot be done.
 
-A shared object a shape (m, n, d_b, scalar type) is kept in a cache directory of the user's: `$VWN_REF_CACHE`, or
-`~/.cache/vwn_ref`. It is made readable by its owner alone, since what lies in it is loaded as code. The name of an
-object is a hash of everything it was made from: source, flags, compiler version, processor. It is compiled under a
-temporary name and then renamed, so that processes compiling the same shape at once do each other no harm.
+One shared object per shape (m, n, d_b, scalar type) is kept in a cache directory of the user's: `$VWN_REF_CACHE`, or
+`vwn_ref` in `$XDG_CACHE_HOME` or `~/.cache`. It is made readable by its owner alone, since what lies in it is loaded as
+code. The name of an object is a hash of everything it was made from: source, flags, compiler version, processor. It is
+compiled under a temporary name and then renamed, so that processes compiling the same shape at once do no harm.
 
 `$CXX` names the compiler; otherwise the first of c++, g++ and clang++ that is found.
 """
@@ -31,7 +31,6 @@ SCALARS = {torch.float32: "float", torch.float64: "double"}
 # No -ffast-math: it would break NaN and infinity, and linking with it changes the rounding mode of the whole process.
 # These two flags only say that nobody reads errno or traps floating-point exceptions.
 FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
-# Symbols with no runtime of our own behind them: the OpenMP entry point is looked up in the process, see the source.
 TIMEOUT = 120  # seconds that one compilation may take
 
 _i64, _int, _double, _pointer = ctypes.c_int64, ctypes.c_int, ctypes.c_double, ctypes.c_void_p

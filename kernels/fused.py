@@ -163,7 +163,7 @@ class Launch:
         self.T = H.numel() // (self.n * self.d)
         self.device = H.device
         self.dtype = H.dtype
-        # of a backward pass; no more than there are tokens, for which no block is smaller
+        # of a backward pass; no more than tokens, since a block has at least one
         self.programs = min(self.T, programs(H.device, is_many(self.n)))
 
     def start(self, kernel, *arguments, count: int | None = None, **more) -> None:
@@ -428,7 +428,6 @@ def _reference_last(H, z, *rest):
 
 
 _PARAMETERS = "Tensor A, Tensor B, Tensor? W_alpha, Tensor? W_beta, Tensor? S_alpha, Tensor? S_beta, Tensor? gain"
-_nothing = {"rest": lambda *g: ()}
 
 _width_operation = Operation(
     "triton_width",

@@ -323,3 +323,11 @@ def test_members_can_be_trained():
     assert isinstance(ghc, DynamicGHC)
     ghc(torch.randn(2, 3, D), torch.sin).sum().backward()
     assert ghc.A.grad is not None and ghc.W_alpha.grad is not None
+
+
+def test_sinkhorn_of_large_logits():
+    """exp(1000) would be infinite; what the rows are scaled by first changes nothing."""
+    logits = torch.tensor([[1000.0, 999.0, 0.0], [1000.0, 1000.0, 998.0], [0.0, 1.0, 2.0]], dtype=torch.float64)
+    found = family.sinkhorn(logits, 500)
+    assert found.isfinite().all() and error(found.sum(1), torch.ones(3)) < 1e-12
+    assert error(found, family.sinkhorn(logits - torch.tensor([[1000.0], [1000.0], [0.0]]), 500)) < 1e-12

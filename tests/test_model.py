@@ -1,6 +1,7 @@
 """Algorithm 1 as a whole."""
 
 import copy
+import dataclasses
 import pickle
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from vwn_ref import GHC, VWNConfig, VWNTransformer
+from vwn_ref.backbone import MoE, Sublayer
 from vwn_ref.depth import record
 
 SMALL = dict(vocab_size=50, dim=16, n_layers=3, n_heads=2)
@@ -282,3 +284,62 @@ def test_static_matrices_are_shared_by_all_tokens():
     assert type(ghc) is GHC
     A, B = ghc.matrices(torch.zeros(2, 5, 3, 8, dtype=torch.float64))
     assert A.shape == (2, 5, 3, 5) and B.shape == (2, 5, 2, 3) and torch.equal(A[1, 4], ghc.A)
+
+
+def test_a_balance_of_no_tokens_and_a_sublayer_of_no_kind():
+    model = build(m=2, n=4, n_experts=4)
+    model(torch.zeros(0, 4, dtype=torch.long))
+    assert [layer.balance_loss.item() for layer in model.modules() if isinstance(layer, MoE)] == [0.0] * 3
+    with pytest.raises(ValueError, match="kind = 'Attention': must be one of 'attention', 'ffn'"):
+        Sublayer(model.cfg, "Attention")
+
+
+def test_total_is_the_weighted_sum():
+    """By hand, with experts in every block: the balance is a mean over the layers, not their sum."""
+    model = randomise(build(m=2, n=4, mtp_layers=1, n_experts=4, n_layers=3, mtp_weight=0.4, balance_weight=0.7))
+    losses = model.loss(torch.randint(50, (2, 7)))
+    balance = [layer.balance_loss for layer in model.modules() if isinstance(layer, MoE)]
+    assert len(balance) == 4 and all(x > 0.9 for x in balance)
+    torch.testing.assert_close(losses.balance, sum(balance) / 4)
+    torch.testing.assert_close(losses.total, losses.next + 0.4 * losses.next2 + 0.7 * losses.balance)
+
+
+CHANGES = {
+    "vocab_size": 51, "dim": 24, "n_layers": 2, "n_heads": 4, "m": 4, "n": 8, "dynamic": False, "embed_rank": 5,
+    "ngram_buckets": 7, "reduce_init": "random", "reduce_norm": False, "ffn_dim": 8, "n_experts": 2, "mtp_layers": 2,
+    "rope_theta": 100.0, "norm_eps": 0.5, "embed_std": 0.7, "init_std": 0.05,
+}  # fmt: skip
+WITH_EXPERTS = {"top_k": 1, "balance_weight": 0.3, "mtp_weight": 0.9}
+
+
+@pytest.mark.parametrize("field", [*CHANGES, *WITH_EXPERTS])
+def test_every_field_reaches_the_model(field):
+    """Changed on its own, each gives another loss from the same seed, or parameters that begin at 0: none is taken and
+    then left lying."""
+    base = {"m": 2, "n": 4, "mtp_layers": 1} | ({"n_experts": 3} if field in WITH_EXPERTS else {})
+
+    def of(**more):
+        model = build(**base | more)
+        return model.loss(torch.arange(18).reshape(2, 9)).total.item(), model.state_dict().keys()
+
+    (loss, names), (other, other_names) = of(), of(**{field: (CHANGES | WITH_EXPERTS)[field]})
+    assert of() == (loss, names)
+    assert abs(other - loss) > 1e-9 or (names != other_names and field in ("dynamic", "ngram_buckets"))
+
+
+def test_these_are_all_fields_but_two():
+    no_numbers = {"kernels", "max_seq_len"}
+    assert {*CHANGES, *WITH_EXPERTS} == {field.name for field in dataclasses.fields(VWNConfig)} - no_numbers
+
+
+@pytest.mark.parametrize("init_std", [0.02, 0.1, None])
+def test_initial_weights(init_std):
+    """init_std, 1/√fan_in without one, by 1/√(2 n_layers) where a sublayer writes; 1/D before the logits."""
+    model = VWNTransformer(VWNConfig(vocab_size=400, dim=64, n_layers=3, n_heads=2, m=2, n=4, init_std=init_std))
+    for name, weight in model.sublayers.named_parameters():
+        if weight.ndim > 1:
+            std = init_std or weight.shape[-1] ** -0.5
+            wanted = std / 6**0.5 if ".out." in name else std
+            assert weight.std().item() == pytest.approx(wanted, rel=0.05), name
+    assert model.unembedding.weight.std().item() == pytest.approx(1 / 64, rel=0.05)
+    assert model.embedding.table.std().item() == pytest.approx(0.3, rel=0.05)

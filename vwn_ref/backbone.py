@@ -12,7 +12,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vwn_ref.config import VWNConfig
+from vwn_ref.config import VWNConfig, check_choice
 
 
 def rotate(x: Float[Tensor, "*b t d"], theta: float) -> Float[Tensor, "*b t d"]:
@@ -65,8 +65,8 @@ class MoE(nn.Module):
 
     A token's k experts are weighted by the softmax over its k largest router scores. After a forward,
     `balance_loss` is E Σ_e f_e P_e, with f_e the share of choices that fell on expert e and P_e its mean router
-    probability: 1 where the load is even, up to E where one expert takes all. It is not an output of the forward:
-    activation checkpointing must be the kind with use_reentrant=False, the other would cut its gradient.
+    probability: 1 where the load is even, up to E/k where k experts take all; 0 for no tokens. It is not an output of
+    the forward: activation checkpointing must be the kind with use_reentrant=False, the other would cut its gradient.
     """
 
     def __init__(self, cfg: VWNConfig) -> None:
@@ -84,7 +84,8 @@ class MoE(nn.Module):
         weight = top.softmax(dim=-1).to(x.dtype)
         hits = F.one_hot(chosen, self.n_experts).sum(dim=1).to(scores.dtype)  # [tokens, E], 0 or 1
         share = hits.sum(dim=0) / max(chosen.numel(), 1)
-        self.balance_loss = self.n_experts * (share * scores.softmax(dim=-1).mean(dim=0)).sum()
+        P = scores.softmax(dim=-1).sum(dim=0) / max(len(flat), 1)
+        self.balance_loss = self.n_experts * (share * P).sum()
         y = torch.zeros_like(flat)
         for e in range(self.n_experts):
             if torch.compiler.is_compiling():  # no shape may depend on the data: every expert sees every token
@@ -108,6 +109,7 @@ class Sublayer(nn.Module):
 
     def __init__(self, cfg: VWNConfig, kind: str) -> None:
         super().__init__()
+        check_choice("kind", kind, ("attention", "ffn"))
         self.norm = nn.RMSNorm(cfg.dim, eps=cfg.norm_eps)
         self.body = Attention(cfg) if kind == "attention" else MoE(cfg) if cfg.n_experts else FFN(cfg)
         for name, weight in self.body.named_parameters():

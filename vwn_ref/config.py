@@ -110,7 +110,8 @@ class VWNConfig:
     embed_std: float = 0.3
     """Standard deviation of the initial embedding table."""
     init_std: float | None = 0.02
-    """Standard deviation of the initial linear weights (None: 1/√fan_in), by 1/√(2·n_layers) where they write."""
+    """Standard deviation of the initial linear weights (None: 1/√fan_in), by 1/√(2·n_layers) where they write
+    (in the MTP head's blocks too)."""
     kernels: Literal["auto", "reference", "cpu", "triton"] = "auto"
     """What computes a GHC: "reference" (the readable code), "cpu" or "triton" (fused), "auto" (fastest here)."""
 

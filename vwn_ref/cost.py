@@ -127,7 +127,7 @@ FUSIONS = ("separate", "recompute", "step")
 
 
 def kernel_traffic(dim: int, m: int, n: int, *, fusion: str = "step") -> dict[str, Traffic]:
-    """Least elements a token that the kernels of one GHC must move forward, in a slot d_b = D/m wide each.
+    """Least elements a token that the kernels of one GHC must move forward, each as wide as a slot, D/m numbers.
 
     Args:
         fusion: "separate": a width kernel (norm, coefficients, mix) that stores the carried state, then a depth kernel:
@@ -264,9 +264,7 @@ class Ratio(NamedTuple):
     """A VWN over the plain model with the same backbone; 1.02 is 2 % more."""
 
     flops: float
-    flops_without_unembedding: float
     parameters: float
-    parameters_without_embeddings: float
 
 
 def plain(cfg: VWNConfig) -> VWNConfig:
@@ -276,21 +274,6 @@ def plain(cfg: VWNConfig) -> VWNConfig:
 
 def ratio_to_plain(cfg: VWNConfig, seq_len: int) -> Ratio:
     """FLOPs and parameters of `cfg` over those of `plain(cfg)`; backward is twice forward in both, so it drops out."""
-    (flops, flops_0), (size, size_0) = (
-        [model_flops(c, seq_len) for c in (cfg, plain(cfg))],
-        [model_parameters(c) for c in (cfg, plain(cfg))],
-    )
-
-    def total(parts: dict[str, Flops], *without: str) -> int:
-        return add(*(f for part, f in parts.items() if part not in without)).total
-
-    def count(parts: dict[str, int], *without: str) -> int:
-        return sum(v for part, v in parts.items() if part not in without)
-
-    tables = ("embedding", "n-grams", "expand", "unembedding")
-    return Ratio(
-        total(flops) / total(flops_0),
-        total(flops, "unembedding") / total(flops_0, "unembedding"),
-        count(size) / count(size_0),
-        count(size, *tables) / count(size_0, *tables),
-    )
+    flops, flops_0 = (add(*model_flops(c, seq_len).values()).total for c in (cfg, plain(cfg)))
+    size, size_0 = (sum(model_parameters(c).values()) for c in (cfg, plain(cfg)))
+    return Ratio(flops / flops_0, size / size_0)

@@ -198,11 +198,11 @@ def sinkhorn(logits: Float[Tensor, "n n"], iterations: int = 20) -> Float[Tensor
 
     The order is mHC's, rows last. How near the columns come depends on the logits: the wider spread, the slower.
     """
-    M = logits.exp()
+    log_M = logits  # of logarithms, so that nothing overflows
     for _ in range(iterations):
-        M = M / M.sum(dim=0, keepdim=True)
-        M = M / M.sum(dim=1, keepdim=True)
-    return M
+        log_M = log_M - log_M.logsumexp(dim=0, keepdim=True)
+        log_M = log_M - log_M.logsumexp(dim=1, keepdim=True)
+    return log_M.exp()
 
 
 def manifold_constrained(

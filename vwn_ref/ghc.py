@@ -121,7 +121,7 @@ class GHC(nn.Module):
 
     @property
     def eps(self) -> float | None:
-        """ε of the RMSNorm, which a static GHC has not."""
+        """ε of the RMSNorm before the dynamic matrices; a static GHC has neither, and says 0."""
         return 0.0
 
     def parameters_in_order(self) -> tuple[Tensor, ...]:

@@ -4,7 +4,8 @@ Line by line: H′⁰ = Reshape(e); for each sublayer H′ˡ = Bᵀ Tˡ(Åᵀ H�
 y = Unembedding(Norm(h)). The algorithm also lists a matrix R ∈ R^{n×m} that it never uses; there is none here.
 
 With m = n = None the state has one slot, D wide, the connection is the plain residual and reduce only drops the
-slot axis. Each part draws its initial weights from a stream of its own, so one seed gives both the same backbone.
+slot axis. Each part draws its initial weights from a stream of its own, so one seed gives both the same backbone. (Not
+the same MTP head: its mixing matrix, whose size depends on m, is drawn before its blocks.)
 
 Not included: dropout, biases, weight tying, key-value cache.
 """

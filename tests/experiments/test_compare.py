@@ -107,6 +107,17 @@ def test_other_windows_are_not_paired_and_cost_no_table(tmp_path, field):
     assert lines["| r2"].endswith("| -0.5000 (no interval) |")
 
 
+def test_no_next2_loss_without_a_head(tmp_path):
+    """The summary of such a run says 0, which is no loss."""
+    for name, layers in (("plain", 1), ("bare", 0)):
+        path = write(tmp_path, name, 0, 1.0, model={"mtp_layers": layers}) / "summary.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"val_next2": 2.0 * layers}))
+    runs = load_runs(tmp_path)
+    assert paired(runs["plain"], runs["plain"], "val_next2").mean == 0
+    with pytest.raises(ValueError, match="bare and plain: must have an MTP head, val_next2 is its loss"):
+        paired(runs["bare"], runs["plain"], "val_next2")
+
+
 def test_refuses(tmp_path):
     with pytest.raises(FileNotFoundError, match="<variant>-s<seed>"):
         table(tmp_path)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -276,6 +277,14 @@ def test_figures_without_runs_are_passed_by(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     plots.main()
     said = capsys.readouterr().out.splitlines()
-    assert len(said) == 6 and "fig_4_5.png: not drawn, no seed has finished runs of plain, mtp, vwn" in said[2]
+    assert len(said) == 7 and "fig_4_5.png: not drawn, no seed has finished runs of plain, mtp, vwn" in said[2]
     there = {path.name for path in (tmp_path / "figures").glob("*.png")}
     assert there == {"overview.png", "r_sweep.png", "fig_6.png"}
+
+
+def test_fig_6_needs_no_model_of_study_A(tmp_path):
+    fill(tmp_path, 2)
+    for path in (tmp_path / "a").iterdir():
+        if not path.name.startswith("r4-m8-"):
+            shutil.rmtree(path)
+    assert len(paper_figures.fig_6(tmp_path).axes) == 2

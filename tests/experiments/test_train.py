@@ -19,6 +19,7 @@ from vwn_ref import VWNConfig
 from vwn_ref.experiments import train as module
 from vwn_ref.experiments.checkpoint import CheckpointError
 from vwn_ref.experiments.data import DataConfig, load_corpus
+from vwn_ref.experiments.run import fixed_fields
 from vwn_ref.experiments.train import (
     TrainConfig,
     load_run,
@@ -127,6 +128,21 @@ def test_micro_batches_give_the_same_gradients(tiny):
     whole, parts = train(tiny(steps=10)).log, train(tiny(steps=10, micro_batch=1)).log
     for a, b in zip(whole, parts, strict=True):
         assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_micro_batches_of_a_mixture_are_another_training(tiny, tmp_path):
+    """The balance loss is a product of means over the sequences at once: not the same gradients, so no going on."""
+    model = {"n_experts": 4, "top_k": 1}
+    whole, parts = (train(tiny(steps=1, model=model, micro_batch=size)).log[-1] for size in (None, 1))
+    assert whole["train_next"] == pytest.approx(parts["train_next"], abs=1e-6)
+    assert abs(whole["train_balance"] - parts["train_balance"]) > 1e-4
+    folder = str(tmp_path / "moe")
+    train(tiny(steps=1, model=model, out=folder))
+    with pytest.raises(ValueError, match="micro_batch: the run has None, asked for 1"):
+        train(tiny(steps=1, model=model, out=folder, resume=True, micro_batch=1))
+    for n_experts, seen in ((0, 0), (4, 1)):
+        fixed = [fixed_fields({"model": {"n_experts": n_experts}, "micro_batch": size}) for size in (None, 2)]
+        assert len(fixed[1]) - len(fixed[0]) == seen
 
 
 def test_bfloat16(tiny):

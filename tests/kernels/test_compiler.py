@@ -12,7 +12,7 @@ import warnings
 import pytest
 import torch
 from conftest import needs_compiler
-from vwn_ref.kernels import compiler
+from vwn_ref.kernels import compiler, cpu_backend, cpu_backend_forced
 
 CHECK = """
     import torch
@@ -151,3 +151,30 @@ def test_nothing_is_compiled_at_import(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "cache").exists()
+
+
+def test_the_name_says_what_it_was_made_from(fresh, monkeypatch, tmp_path):
+    """Another source, flag or compiler version is another file; an old object is never taken for a new one."""
+
+    def name():
+        return compiler._compile(1, 1, 4, "float").name
+
+    monkeypatch.setattr(compiler, "_run", lambda command: "")
+    first = name()
+    assert name() == first
+    monkeypatch.setattr(compiler, "_compiler_version", lambda command: "another")
+    second = name()
+    monkeypatch.setenv("VWN_REF_CXXFLAGS", "-DANOTHER")
+    third = name()
+    (tmp_path / "ghc_cpu.cpp").write_text(compiler.SOURCE.read_text() + "\n")
+    monkeypatch.setattr(compiler, "SOURCE", tmp_path / "ghc_cpu.cpp")
+    assert len({first, second, third, name()}) == 4
+
+
+def test_what_was_asked_for_is_there_or_an_error(fresh, monkeypatch):
+    monkeypatch.setattr(compiler, "library", lambda *shape: None)
+    with cpu_backend_forced("c++"), pytest.raises(RuntimeError, match=r"VWN_REF_CPU_BACKEND = 'c\+\+': must compile"):
+        cpu_backend()
+    with cpu_backend_forced("torch"):
+        assert cpu_backend() == "torch"
+    assert cpu_backend() == "torch"

@@ -19,11 +19,13 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from vwn_ref import DynamicGHC, VWNConfig, VWNTransformer
 from vwn_ref.cost import ratio_to_plain
+from vwn_ref.experiments.storage import write_text
 from vwn_ref.kernels import cpu_backend, cpu_backend_forced
 
 SHAPES = ((2, 3), (4, 8), (4, 16), (8, 64))
@@ -162,8 +164,8 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     finally:
         torch.set_num_threads(before)
     if options.json:
-        with open(options.json, "w") as file:
-            json.dump({"torch": torch.__version__, "clock": options.clock, "results": results}, file, indent=1)
+        content = {"torch": torch.__version__, "clock": options.clock, "results": results}
+        write_text(Path(options.json), json.dumps(content, indent=1))
     return results
 
 

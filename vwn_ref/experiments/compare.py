@@ -134,6 +134,8 @@ def paired(runs: Sequence[KeptRun], base: Sequence[KeptRun], name: str = "val_ne
     for field in ("seq_len", "val_tokens"):  # these fix the windows
         if len({run.config.get(field) for run in (*runs, *base)}) > 1:
             raise NotPaired(f"{both}: must be runs with the same {field}")
+    if name.endswith("next2") and not all(run.config.get("model", {}).get("mtp_layers", 1) for run in (*runs, *base)):
+        raise ValueError(f"{both}: must have an MTP head, {name} is its loss")  # a summary says 0 without one
     there = {run.seed: run.summary[name] for run in base}
     differences = [run.summary[name] - there[run.seed] for run in runs if run.seed in there]
     if not differences:

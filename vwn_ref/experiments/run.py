@@ -23,12 +23,12 @@ from vwn_ref.experiments import checkpoint
 from vwn_ref.experiments.checkpoint import CheckpointError
 from vwn_ref.experiments.storage import json_digest, write_text
 
-# Fields that do not change what is computed, though some may change its last digits.
+# Fields that do not change what is computed, though some may change its last digits; `fixed_fields` has an exception.
 MAY_CHANGE = {"out", "resume", "progress", "device", "compile", "threads", "micro_batch"}
 MAY_CHANGE |= {"checkpoint_interval", "data.cache_dir"}
-# Fields that came later, with what every run did before there was such a choice: at these values they are left out,
+# Fields that came later, or later to what is fixed, with what every run did before: at these values they are left out,
 # so that an older run is still a run of the same config, and its checkpoint's.
-CAME_LATER = {"decay_static": False}
+CAME_LATER = {"decay_static": False, "micro_batch": None}
 
 
 class Locked(RuntimeError):
@@ -44,8 +44,12 @@ def flat(config: dict, prefix: str = "") -> dict:
 
 
 def fixed_fields(config: dict) -> dict:
-    """The fields that must be the same when a run goes on."""
-    values = {name: value for name, value in flat(config).items() if name not in MAY_CHANGE}
+    """The fields that must be the same when a run goes on.
+
+    Where there are experts micro_batch is one: the balance loss is a product of two means over the sequences at once.
+    """
+    may_change = MAY_CHANGE - ({"micro_batch"} if config.get("model", {}).get("n_experts") else set())
+    values = {name: value for name, value in flat(config).items() if name not in may_change}
     return {name: value for name, value in values.items() if name not in CAME_LATER or value != CAME_LATER[name]}
 
 

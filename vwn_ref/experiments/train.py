@@ -64,7 +64,8 @@ class TrainConfig:
     batch_size: int = 16
     """Sequences a step, over all processes."""
     micro_batch: int | None = None
-    """Sequences at once in a process, to save memory; gradients are added up. None: its whole share of the batch."""
+    """Sequences at once in a process, to save memory; gradients are added up. None: its whole share of the batch. The
+    load balance of a MoE is that of the sequences at once, so there this, and the number of processes, matter."""
     seq_len: int = 128
     """Tokens predicted in each sequence."""
     lr: float = 3e-3

@@ -79,7 +79,8 @@ def measure(recording: Recording) -> dict:
 
 
 def measure_run(folder: Path, tokens: int) -> dict:
-    """`measure` of a run, on at least `tokens` tokens of its validation text, spread over all of it."""
+    """`measure` of a run, on `tokens` tokens or a window more of its validation text, spread over all of it; on all of
+    it where it has fewer."""
     model, _, config = load_run(folder)
     text = load_corpus(config.data).val
     starts = val_starts(text, dataclasses.replace(config, val_tokens=tokens))
