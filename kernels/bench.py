@@ -60,7 +60,7 @@ from vwn_ref.config import VWNConfig
 from vwn_ref.cost import activation_bytes, kernel_traffic, model_flops, model_parameters, ratio_to_plain
 from vwn_ref.experiments.storage import write_text
 from vwn_ref.model import VWNTransformer, cross_entropy
-from vwn_ref.ops import through
+from vwn_ref.stack import through
 
 FOLDER = Path(__file__).resolve().parents[1] / "figures" / "data" / "gpu"
 STAGES = {"rates": 0.05, "ops": 0.5, "steps": 0.35, "memory": 0.1}  # and their shares of the time

@@ -1,9 +1,9 @@
 """Virtual Width Networks (arXiv 2511.11238): a reference implementation.
 
 Reading order, with the paper's equations: `config` · `embedding` (1)-(3) · `ghc` (9), (10), (15), (16) ·
-`dynamic` (11)-(14) · `reduce` (4) · `depth` (17) · `backbone` · `ops` with `through`, the loop of Algorithm 1 ·
-`mtp` §3.4 · `model`, all of Algorithm 1 · `cost` §3.5 · `family` §2, §4. `vwn_ref.kernels` has the same operations
-fused; `vwn_ref.experiments` trains.
+`dynamic` (11)-(14) · `reduce` (4) · `depth` (17) · `backbone` · `stack`, the loop of Algorithm 1 · `mtp` §3.4 ·
+`model`, all of it · `cost` §3.5 · `family` §2, §4. `vwn_ref.kernels` has the same operations fused;
+`vwn_ref.experiments` trains.
 """
 
 from vwn_ref.config import VWNConfig

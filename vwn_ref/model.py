@@ -28,8 +28,8 @@ from vwn_ref.dynamic import DynamicGHC
 from vwn_ref.embedding import OverWidthEmbedding
 from vwn_ref.ghc import GHC, parameter_groups
 from vwn_ref.mtp import MTPHead
-from vwn_ref.ops import through
 from vwn_ref.reduce import Reduce
+from vwn_ref.stack import through
 
 
 class Losses(NamedTuple):
@@ -73,7 +73,7 @@ class VWNTransformer(nn.Module):
     def states(self, tokens: Int[Tensor, "b t"]) -> Iterator[Float[Tensor, "b t n d"]]:
         """H′⁰, H′¹, …, H′ᴸ, each [b, t, n, d_b] ([b, t, 1, D] for the plain model).
 
-        For looking at: `forward` computes the same by `vwn_ref.ops.through`, which need not make every state.
+        For looking at: `forward` computes the same by `vwn_ref.stack.through`, which need not make every state.
         Raises ValueError where the sequence is longer than `max_seq_len`; see also `OverWidthEmbedding`.
         """
         H = self._embedded(tokens)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from vwn_ref.backbone import sublayers
 from vwn_ref.config import VWNConfig, check_int
-from vwn_ref.ops import through
+from vwn_ref.stack import through
 
 
 class BlockLinear(nn.Module):

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from vwn_ref.kernels import cpu, fused
 
-from vwn_ref import GHC, DynamicGHC, ops
+from vwn_ref import GHC, DynamicGHC, ops, stack
 from vwn_ref.config import VWNConfig
 from vwn_ref.model import VWNTransformer
 
@@ -365,7 +365,7 @@ def test_a_connection_too_few_is_refused():
     model = small(m=2, n=3)
     H = model.embedding(TOKENS)
     with pytest.raises(ValueError, match="zip"):
-        ops.through(H, model.connections, model.sublayers[:1])
+        stack.through(H, model.connections, model.sublayers[:1])
 
 
 @pytest.mark.parametrize(
