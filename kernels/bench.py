@@ -57,7 +57,7 @@ from vwn_ref.kernels import fused
 
 from vwn_ref import dynamic, ghc
 from vwn_ref.config import VWNConfig
-from vwn_ref.cost import activation_bytes, kernel_traffic, model_flops, model_parameters, ratio_to_plain
+from vwn_ref.cost import BACKWARD, activation_bytes, kernel_traffic, model_flops, model_parameters, ratio_to_plain
 from vwn_ref.experiments.storage import write_text
 from vwn_ref.model import VWNTransformer, cross_entropy
 from vwn_ref.stack import through
@@ -591,7 +591,7 @@ def predicted_ratio(t: Model, plain_us: float | None, bench: Bench) -> float | N
     moved -= 9 * t.D * 2 * tokens
     vwn, plain = config(t), config(t._replace(way="plain", m=None, n=None))
     more = sum(model_parameters(vwn).values()) - sum(model_parameters(plain).values())
-    products = 3 * model_flops(vwn, t.seq_len)["reduce"].matmul * tokens
+    products = (1 + BACKWARD) * model_flops(vwn, t.seq_len)["reduce"].matmul * tokens
     added = (sublayers * moved + 28 * more) / bench.copy_rate + products / bench.matrix_rate
     return 1 + added / (1e-6 * plain_us)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vwn_ref.depth import hard_window, record, residual_window, trace
-from vwn_ref.experiments import windows
+from vwn_ref.experiments import windows, windows_figures
 from vwn_ref.experiments.checkpoint import CheckpointError
 from vwn_ref.experiments.data import load_corpus
 from vwn_ref.experiments.paper_figures import NotRun
@@ -91,7 +91,7 @@ def test_radii_of_tokens():
 
 def test_picture(tmp_path):
     with pytest.raises(NotRun, match="study F"):
-        windows.how_far_back(tmp_path)
+        windows_figures.how_far_back(tmp_path)
     runs = (("m1", 1, 0, 2.0), ("m1", 1, 1, 4.0), ("m4", 4, 0, 5.0), ("m4-static", 4, 0, 9.0))  # a control: not drawn
     for variant, m, seed, far in runs:
         folder = tmp_path / "f_depth" / f"{variant}-s{seed}"
@@ -104,7 +104,7 @@ def test_picture(tmp_path):
         row = {"tokens": 9, "m": m, "n": 2 * m, "back": back, "radius": radius, "state": [1.0, 2.0]}
         row["share"] = [[1.0], [0.5 + seed / 4, 0.1, 0.06, 0.04, 0.3 - seed / 8, -seed / 8]]
         (folder / windows.FILE).write_text(json.dumps(row))
-    left, middle, right = windows.how_far_back(tmp_path).axes
+    left, middle, right = windows_figures.how_far_back(tmp_path).axes
     heights = [bar.get_height() for bars in middle.containers for bar in bars]  # m = 1, m = 4; bottom to top
     assert heights == pytest.approx([0.625, 0.5, 0.2, 0.2, 0.175, 0.3])
     line = left.lines[0]  # by the map, down to a tenth

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import tyro
 
 from vwn_ref.config import VWNConfig
-from vwn_ref.cost import add, model_flops, model_parameters
+from vwn_ref.cost import BACKWARD, add, model_flops, model_parameters
 from vwn_ref.experiments import step_times
 from vwn_ref.experiments.compare import KeptRun, load_runs, paired
 from vwn_ref.experiments.console import told
@@ -103,13 +103,14 @@ class Price(NamedTuple):
 
 
 def price(run: KeptRun) -> Price:
-    """What a run cost; a training step is three times a forward pass."""
+    """What a run cost."""
     model = VWNConfig(**run.config["model"])
     flops, tokens = model_flops(model, run.config["seq_len"]), run.summary["tokens"]
     backbone = add(*(flops[part] for part in BACKBONE)).total
     total = add(*flops.values()).total
     size = sum(model_parameters(model).values())
-    return Price(size, 3.0 * tokens * backbone, 3.0 * tokens * total)
+    steps = (1 + BACKWARD) * tokens
+    return Price(size, float(steps * backbone), float(steps * total))
 
 
 def price_ratio(runs: list[KeptRun], base: list[KeptRun], times: Times) -> dict[str, float | None]:

@@ -356,7 +356,7 @@ def main() -> None:
     # these stand on this module
     from vwn_ref.experiments.paper_figures import FIGURES, NotRun
     from vwn_ref.experiments.parts_figures import differences, what_pays
-    from vwn_ref.experiments.windows import how_far_back
+    from vwn_ref.experiments.windows_figures import how_far_back
 
     figures = Path("figures")
     if not (figures / "data").is_dir():
