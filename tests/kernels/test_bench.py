@@ -10,6 +10,8 @@ import sys
 import pytest
 import torch
 
+from vwn_ref import VWNConfig, VWNTransformer
+
 pytest.importorskip("triton", reason="Triton is not installed")
 from vwn_ref.kernels import bench
 
@@ -156,3 +158,15 @@ def test_one_failure_does_not_end_the_rest():
 
     assert bench.attempt({"op": "step"}, fails) == {"op": "step", "error": "RuntimeError: no"}
     assert bench.attempt({"op": "step"}, lambda: {"median_us": 1.0}) == {"op": "step", "median_us": 1.0}
+
+
+def test_recomputing_changes_no_gradient():
+    """What the memory benchmark measures is the same loss, and the same gradients, as without recomputation."""
+    torch.manual_seed(0)
+    cfg = VWNConfig(vocab_size=20, dim=16, n_layers=3, n_heads=2, m=2, n=4)
+    model = VWNTransformer(cfg).double()
+    tokens = torch.randint(20, (2, 7))
+    losses = bench.checkpointed_loss(model, tokens), model.loss(tokens).total
+    torch.testing.assert_close(*losses, rtol=1e-12, atol=0)
+    for one, two in zip(*(torch.autograd.grad(loss, list(model.parameters())) for loss in losses), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-14)
