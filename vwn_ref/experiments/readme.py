@@ -58,6 +58,11 @@ def both_backbones(label: str) -> dict[str, dict[str, int]]:
     return {kind: mtp_contrasts(key)[label] for kind, key in (("dense", "n_experts0"), ("MoE", "n_experts4"))}
 
 
+def widths(base: str) -> dict[str, dict[str, int]]:
+    """r = 2, 4, 8 minus `base`, and r = 8 with the table D wide."""
+    return {f"r = {r}": minus(f"r{r}", base) for r in (2, 4, 8)} | {"r = 8, table D wide": minus("r8-lowrank", base)}
+
+
 def wide_and_low_rank(r: int, base: str) -> dict[str, dict[str, int]]:
     """VWN minus `base` with the table rD and D wide."""
     return {"table rD wide": minus(f"r{r}", base), "table D wide": minus(f"r{r}-lowrank", base)}
@@ -71,8 +76,8 @@ def of_parts(about: str, *which: str, models: bool = False) -> dict[str, dict[st
 
 
 ANSWERS = {
-    ("b_d32", "D = 32: r = 8 − plain"): wide_and_low_rank(8, "plain"),
-    ("b_d64", "D = 64: r = 8 − plain"): wide_and_low_rank(8, "plain"),
+    ("b_d32", "D = 32: r − plain"): widths("plain"),
+    ("b_d64", "D = 64: r − plain"): widths("plain"),
     ("c_m", "m = 8 − m = 4"): {f"r = {r}": minus(f"r{r}-m8", f"r{r}") for r in (2, 4, 8)},
     ("c_m", "m = 2 − m = 4"): {f"r = {r}": minus(f"r{r}-m2", f"r{r}") for r in (2, 4, 8)},
     ("c_m", "m = 1 − m = 4"): {f"r = {r}": minus(f"r{r}-m1", f"r{r}") for r in (2, 4, 8)},
@@ -85,6 +90,9 @@ ANSWERS = {
     ),
     ("e_parts", "a wider table alone: r = 1 with it − r = 1"): of_parts(
         "wide table, without the width", "2D wide, r = 1", "4D wide, r = 1"
+    ),
+    ("e_parts", "the wide table, with the width: table rD wide − D wide"): of_parts(
+        "wide table, with the width", "r = 2", "r = 4", "r = 8"
     ),
     ("e_parts", "VWN − plain with as many parameters"): of_parts(
         "against plain with as many parameters",
@@ -228,19 +236,21 @@ def answers(data: Path) -> str:
     ]
     folders = {name: Path(read_sweep(STUDIES / f"{name}.toml").out).name for name in {study for study, _ in ANSWERS}}
     runs = {folder: runs_in(data / folder) for folder in set(folders.values())}
-    every = [
-        [contrast(runs[folders[name]], weights) for weights in contrasts.values()]
+    found = {
+        (name, *weights): contrast(runs[folders[name]], weights)
         for (name, _), contrasts in ANSWERS.items()
-    ]
-    looks = [one for row in every for one in row if one is not None and len(one.by_seed) > 1]
-    stars = [one for one, holds in zip(looks, holm([one.p for one in looks]), strict=True) if holds]
-    told_apart, absent = 0, []
-    for ((name, what), contrasts), row in zip(ANSWERS.items(), every, strict=True):
+        for weights in contrasts.values()
+    }  # what stands in two rows is one look
+    looks = {key: one for key, one in found.items() if one is not None and len(one.by_seed) > 1}
+    apart = {key for key, one in looks.items() if abs(one.estimate.mean) > one.estimate.half_width}
+    stars = {key for key, holds in zip(looks, holm([one.p for one in looks.values()]), strict=True) if holds}
+    absent = []
+    for (name, what), contrasts in ANSWERS.items():
         cells = []
-        for label, found in zip(contrasts, row, strict=True):
-            value = "not run yet" if found is None else plus_minus(found.estimate)
-            if found is not None and abs(found.estimate.mean) > found.estimate.half_width:
-                value, told_apart = f"**{value}**" + "\\*" * (found in stars), told_apart + 1
+        for label, weights in contrasts.items():
+            key = (name, *weights)
+            value = "not run yet" if found[key] is None else plus_minus(found[key].estimate)
+            value = f"**{value}**" + "\\*" * (key in stars) if key in apart else value
             cells.append(f"{label} {value}")
         if all(cell.endswith("not run yet") for cell in cells):
             absent.append(f"{QUESTIONS[name][0]}, {what}")
@@ -248,7 +258,7 @@ def answers(data: Path) -> str:
             lines.append(f"| {QUESTIONS[name][0]} | {what} | {'; '.join(cells)} |")
     lines += middle_layers(data)
     lines.append(
-        f"\n{told_apart} of these {len(looks)} intervals do not hold 0; by luck alone {len(looks) / 20:.1f} would not. "
+        f"\n{len(apart)} of these {len(looks)} intervals do not hold 0; by luck alone {len(looks) / 20:.1f} would not. "
         f"A star: told apart also when all these looks are counted (Holm's correction), {len(stars)} of them."
     )
     return "\n".join(lines + ([f"\nNot run yet: {'; '.join(absent)}."] if absent else []))
