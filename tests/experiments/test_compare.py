@@ -5,7 +5,7 @@ import json
 import pytest
 
 from vwn_ref.experiments.checkpoint import CheckpointError
-from vwn_ref.experiments.compare import interval, keep, load_runs, paired, table
+from vwn_ref.experiments.compare import holm, interval, keep, load_runs, paired, table
 from vwn_ref.experiments.storage import write_whole
 
 
@@ -23,6 +23,13 @@ def test_interval_of_known_numbers():
     """t(0.975, 2) = 4.302653; mean 2, s = 1: 4.302653 / √3."""
     estimate = interval([1.0, 2.0, 3.0])
     assert estimate.mean == 2.0 and estimate.half_width == pytest.approx(2.484138, abs=1e-6)
+
+
+def test_holm():
+    """Four tests: 0.012 is above 0.05 / 4 no more than 0.0125, then 0.016 meets 0.05 / 3, 0.03 fails 0.05 / 2."""
+    assert holm([0.03, 0.012, 0.9, 0.016]) == [False, True, False, True]
+    assert holm([0.013, 0.013, 0.013, 0.013]) == [False] * 4  # the first fails, so do all
+    assert holm([0.04]) == [True] and holm([]) == []
 
 
 def test_pairs_by_seed_not_by_order(tmp_path):

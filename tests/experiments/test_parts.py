@@ -61,7 +61,7 @@ def test_contrasts_name_models_of_the_study_and_change_one_thing():
         "wide table, with the width": {"embed_rank"},
         "wide table, without the width": {"embed_rank"},
         "n-grams": {"ngram_buckets"},
-        "initial W_reduce, against mean": {"reduce_init"},
+        "initial W_reduce, against its default, mean": {"reduce_init"},
     }
     for c in parts.CONTRASTS:
         if c.about in alone and not {c.model, c.base} & others:
@@ -190,9 +190,9 @@ def test_families_of_one_price_stand_side_by_side():
     assert wide.get_ydata().tolist() == [2.125, 4.125]  # plain-d20 has no seed 2
     dots = [line.get_ydata().tolist() for line in ax.lines if line.get_markersize() == 2]
     assert dots.count([2.0, 4.0]) == dots.count([2.25, 4.25]) == 2 and len(dots) == 10  # plain begins three lines
-    assert ax.get_xlabel().endswith("; VWNs all at 1×")
+    assert [text.get_text() for text in ax.texts] == ["grey: all at 1×,\nside by side"]
     parts_figures.loss_against(ax := plt.figure().subplots(), runs, "parameters")
-    assert loss_line(ax, "VWN, low-rank table: r = 1, 2, 4, 8").get_xdata()[0] > 1 and "VWN" not in ax.get_xlabel()
+    assert loss_line(ax, "VWN, low-rank table: r = 1, 2, 4, 8").get_xdata()[0] > 1 and not ax.texts
 
 
 def test_differences(folder, tmp_path):

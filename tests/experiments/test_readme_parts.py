@@ -100,13 +100,6 @@ def test_answers_are_differences_of_the_kept_runs(data):
     assert line.startswith("| C | m = 8 − m = 4 | r = 2 −0.250 ± 0.635; r = 4 not run yet")  # −0.2 and −0.3: t is 12.7
 
 
-def test_holm():
-    """Four tests: 0.012 is above 0.05 / 4 no more than 0.0125, then 0.016 meets 0.05 / 3, 0.03 fails 0.05 / 2."""
-    assert readme.holm([0.03, 0.012, 0.9, 0.016]) == [False, True, False, True]
-    assert readme.holm([0.013, 0.013, 0.013, 0.013]) == [False] * 4  # the first fails, so do all
-    assert readme.holm([0.04]) == [True] and readme.holm([]) == []
-
-
 def test_what_the_middle_layers_give(data):
     """Shares of the last layer: embedding, layers 1 to 3, and the rest, of two seeds 0.3 and 0.1."""
     for run in read_sweep(readme.STUDIES / "f_depth.toml").runs:

@@ -49,6 +49,17 @@ def interval(values: Sequence[float], level: float = 0.95) -> Estimate:
     return Estimate(statistics.fmean(values), quantile * statistics.stdev(values) / len(values) ** 0.5)
 
 
+def holm(p: Sequence[float], level: float = 0.05) -> list[bool]:
+    """Which of several tests hold when all are counted: Holm's correction of their p values."""
+    order = sorted(range(len(p)), key=lambda i: p[i])
+    holds = [False] * len(p)
+    for rank, i in enumerate(order):
+        if not p[i] <= level / (len(p) - rank):
+            break
+        holds[i] = True
+    return holds
+
+
 @dataclass(frozen=True)
 class KeptRun:
     """One finished run: what its three files say."""

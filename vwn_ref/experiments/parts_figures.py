@@ -29,8 +29,10 @@ FAMILIES = {
     "VWN, wide table: r = 1, 2, 4, 8": ("r1", "r2", "r4", "r8"),
     "VWN, low-rank table: r = 1, 2, 4, 8": ("r1", "r2-lowrank", "r4-lowrank", "r8-lowrank"),
     "VWN, static, wide table: r = 1, 2, 4": ("r1-static", "r2-static", "r4-static"),
+    "with n-grams: plain, r = 2, 4": ("plain-ngram", "r2-ngram", "r4-ngram"),
 }
 LOOKS = ((PLAIN, "-"), (PLAIN, "--"), (PLAIN, ":"), (COLOURS[0], "-"), (COLOURS[1], "-"), (COLOURS[2], "--"))
+LOOKS += ((COLOURS[3], "-."),)
 
 
 def drawn_seeds(runs: Runs) -> list[int]:
@@ -42,8 +44,8 @@ def loss_against(ax: Axes, runs: Runs, currency: str, loss: str = "val_next", ti
     """Draw the mean of the loss against the price in one currency, over plain's, a line for each of `FAMILIES`.
 
     What has not run is left out. All means are over the same seeds, those that every model drawn has; where there is
-    more than one, small dots are the seeds. Families all of whose models cost the same would hide one another: the
-    second one stands a little to the left, the third one further, and the axis' label says so.
+    more than one, small dots are the seeds. Families all of whose models cost the same would hide one another: they
+    stand side by side in a grey band, which says so.
     """
     seeds = drawn_seeds(runs)
     ends, upright = [1.0], 0
@@ -62,9 +64,12 @@ def loss_against(ax: Axes, runs: Runs, currency: str, loss: str = "val_next", ti
         ax.plot(x, [statistics.fmean(row) for row in losses], line, ms=5, linewidth=1.3, label=label, **look)
         if len(seeds) > 1:
             ax.plot(x, losses, linestyle="", ms=2, alpha=0.5, **look)
-    text = {"backbone": "arithmetic of the backbone", "arithmetic": "all arithmetic"}.get(currency, currency)
-    aside = "; VWNs all at 1×" if upright > 1 else ""
-    ax.set(xscale="log", title=text, xlabel=f"over plain's (log scale){aside}")
+    title = {"backbone": "arithmetic of the backbone", "arithmetic": "all arithmetic"}.get(currency, currency)
+    ax.set(xscale="log", title=title, xlabel="over plain's (log scale)")
+    if upright > 1:
+        ax.axvspan(0.96 * 0.93 ** (upright - 1), 1.04, color="0.5", alpha=0.12, linewidth=0)
+        text = {"fontsize": 8, "color": "0.4", "transform": ax.get_xaxis_transform()}
+        ax.text(1.08, 0.02, "grey: all at 1×,\nside by side", **text)
     ticks = [x for x in (1, 1.5, 2, 3, 4, 6) if x <= 1.05 * max(ends)]
     ax.set_xticks(ticks, [f"{x:g}×" for x in ticks])
     ax.minorticks_off()
