@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import shutil
 import sys
@@ -179,6 +180,16 @@ def test_folder_of_a_run(finished):
     assert summary["tokens"] == 30 * 64 and summary["val_next"] == rows[-1]["val_next"]
     assert summary["seconds"] > 0 and summary["tokens_per_second"] > 0
     assert TrainConfig.from_dict(json.loads((folder / "config.json").read_text())) == config
+
+
+def test_whoever_may_read_the_log_may_read_the_weights(tiny, tmp_path):
+    before = os.umask(0o027)
+    try:
+        train(tiny(steps=1, out=str(tmp_path / "run")))
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "run").iterdir() if not path.name.startswith(".")}
+    assert modes == {0o640} or os.name == "nt"
 
 
 def test_mean_of_the_log_is_over_all_steps_since(tiny):

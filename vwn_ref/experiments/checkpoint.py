@@ -24,8 +24,15 @@ def save(path: Path, tensors: dict[str, Tensor], state: dict) -> None:
     about = {"state": state, "sha256": digest(tensors, state)}
     # One metadata entry: the order of several is not fixed, and equal checkpoints should be equal files.
     metadata = {"vwn_ref": json.dumps(about, sort_keys=True)}
+
+    def write(temporary: Path) -> None:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the user's umask has it; safetensors makes files for their owner alone
+        save_file(tensors, temporary, metadata)
+        temporary.chmod(mode)
+
     try:
-        write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
+        write_whole(path, write)
     except SafetensorError as error:  # how the library tells of a full disk or a folder that is gone
         raise OSError(f"{path} cannot be written: {error}") from error
 
