@@ -33,7 +33,7 @@ def save(path: Path, tensors: dict[str, Tensor], state: dict) -> None:
 
     try:
         write_whole(path, write)
-    except SafetensorError as error:  # how the library tells of a full disk or a folder that is gone
+    except (SafetensorError, OSError) as error:  # the first is how the library tells of a full disk
         raise OSError(f"{path} cannot be written: {error}") from error
 
 
