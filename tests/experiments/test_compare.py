@@ -22,6 +22,8 @@ def write(folder, name, seed, loss, **config):
 def test_interval_of_known_numbers():
     """t(0.975, 2) = 4.302653; mean 2, s = 1: 4.302653 / √3."""
     estimate = interval([1.0, 2.0, 3.0])
+    assert not estimate.told_apart and interval([5.0, 6.0, 7.0]).told_apart
+    assert not interval([9.0]).told_apart
     assert estimate.mean == 2.0 and estimate.half_width == pytest.approx(2.484138, abs=1e-6)
 
 

@@ -155,13 +155,20 @@ def test_wrong_base(folder, monkeypatch):
         parts.main()
 
 
-def test_picture(folder, tmp_path):
+@pytest.fixture
+def data(folder, tmp_path):
+    """The same runs as study A's folder, and a wider plain model, without which there is no picture."""
     for run in list(folder.glob("*-s*")):
         shutil.move(run, tmp_path / "a" / run.name)
-    with pytest.raises(NotRun, match="two widths"):
-        parts_figures.what_pays(tmp_path)
+    for draw in (parts_figures.what_pays, parts_figures.differences):
+        with pytest.raises(NotRun, match="two widths"):
+            draw(tmp_path)
     shutil.copytree(tmp_path / "a" / "plain-s0", tmp_path / "a" / "plain-d32-s0")
-    figure = parts_figures.what_pays(tmp_path)
+    return tmp_path
+
+
+def test_picture(folder, data):
+    figure = parts_figures.what_pays(data)
     first = figure.axes[0]
     assert [len(line.get_xdata()) for line in first.lines] == [2, 1, 1, 1, 1]  # no low-rank run, one r2-static
     by_label = {line.get_label(): line for line in first.lines}
@@ -170,8 +177,8 @@ def test_picture(folder, tmp_path):
     assert first.lines[0].get_ydata().tolist() == [5.0, 5.0]  # of plain's seeds the one that plain-d32 has
     assert figure.axes[1].lines[3].get_xdata()[0] == 1.0  # the same backbone
     assert not figure.axes[3].lines  # nothing timed
-    shutil.copy(folder / "step_times.json", tmp_path / "a")
-    assert any(line.get_xdata()[0] == pytest.approx(1.5) for line in parts_figures.what_pays(tmp_path).axes[3].lines)
+    shutil.copy(folder / "step_times.json", data / "a")
+    assert any(line.get_xdata()[0] == pytest.approx(1.5) for line in parts_figures.what_pays(data).axes[3].lines)
 
 
 def loss_line(ax, label):
@@ -195,13 +202,8 @@ def test_families_of_one_price_stand_side_by_side():
     assert loss_line(ax, "VWN, low-rank table: r = 1, 2, 4, 8").get_xdata()[0] > 1 and not ax.texts
 
 
-def test_differences(folder, tmp_path):
-    for run in list(folder.glob("*-s*")):
-        shutil.move(run, tmp_path / "a" / run.name)
-    with pytest.raises(NotRun, match="two widths"):
-        parts_figures.differences(tmp_path)
-    shutil.copytree(tmp_path / "a" / "plain-s0", tmp_path / "a" / "plain-d32-s0")
-    (ax,) = parts_figures.differences(tmp_path).axes
+def test_differences(data):
+    (ax,) = parts_figures.differences(data).axes
     names = [label.get_text() for label in ax.get_yticklabels()]
     assert names == [
         *("dynamics", "at r = 2: r2 − r2-static"),

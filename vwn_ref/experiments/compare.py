@@ -34,6 +34,11 @@ class Estimate(NamedTuple):
     mean: float
     half_width: float
 
+    @property
+    def told_apart(self) -> bool:
+        """Whether the interval does not hold 0; one seed tells nothing apart."""
+        return self.half_width < abs(self.mean)
+
     def __str__(self) -> str:
         width = "(no interval)" if math.isnan(self.half_width) else f"± {self.half_width:.4f}"
         return f"{self.mean:+.4f} {width}"

@@ -31,8 +31,12 @@ FAMILIES = {
     "VWN, static, wide table: r = 1, 2, 4": ("r1-static", "r2-static", "r4-static"),
     "with n-grams: plain, r = 2, 4": ("plain-ngram", "r2-ngram", "r4-ngram"),
 }
-LOOKS = ((PLAIN, "-"), (PLAIN, "--"), (PLAIN, ":"), (COLOURS[0], "-"), (COLOURS[1], "-"), (COLOURS[2], "--"))
-LOOKS += ((COLOURS[3], "-."),)
+LOOKS = (
+    (PLAIN, "-"),
+    (PLAIN, "--"),
+    (PLAIN, ":"),
+    *zip(COLOURS, ("-", "-", "--", "-."), strict=False),
+)  # of the families
 
 
 def drawn_seeds(runs: Runs) -> list[int]:
@@ -105,9 +109,9 @@ def differences(data: Path, reach: float = 0.5) -> Figure:
     largest mean, and cuts longer bars. Raises NotRun as `study_runs` does.
     """
     runs = study_runs(data)
-    found = [one for one in CONTRASTS if one.model in runs and one.base in runs]
-    groups = {about: list(rows) for about, rows in itertools.groupby(found, key=lambda one: one.about)}
-    fig, ax = plt.subplots(figsize=(8.5, 0.235 * (len(found) + len(groups)) + 1))
+    there = [one for one in CONTRASTS if one.model in runs and one.base in runs]
+    groups = {about: list(rows) for about, rows in itertools.groupby(there, key=lambda one: one.about)}
+    fig, ax = plt.subplots(figsize=(8.5, 0.235 * (len(there) + len(groups)) + 1))
     names = []
     for about, rows in groups.items():
         names.append(about)
@@ -116,11 +120,10 @@ def differences(data: Path, reach: float = 0.5) -> Figure:
                 both = (runs[one.model], runs[one.base])
                 if not all(measures(run, loss) for group in both for run in group):
                     continue
-                mean, half = paired(*both, loss)
-                apart = half < abs(mean)  # not so of one seed's NaN
+                mean, half = found = paired(*both, loss)
                 at = len(names) + 0.36 * (k - 0.5)
                 ax.plot([mean - half, mean + half], [at, at], color=COLOURS[k])
-                ax.plot(mean, at, MARKERS[k], ms=4.5, color=COLOURS[k], mfc=COLOURS[k] if apart else "white")
+                ax.plot(mean, at, MARKERS[k], ms=4.5, color=COLOURS[k], mfc=COLOURS[k] if found.told_apart else "white")
                 reach = max(reach, 1.1 * abs(mean))
             names.append(f"{one.what}: {one.model} − {one.base}")
     ax.axvline(0, color=PLAIN, linewidth=1)

@@ -133,11 +133,6 @@ def plus_minus(estimate: Estimate) -> str:
     return signed(estimate.mean) + half
 
 
-def r_squared(x: np.ndarray, y: np.ndarray) -> float:
-    """Of a line in x."""
-    return float(np.corrcoef(x, y)[0, 1] ** 2)
-
-
 def r_sweep(data: Path) -> str:
     """Study A in two sentences and a table."""
     runs = kept_runs(read_sweep(STUDIES / "a_r_sweep.toml", data / "a"))
@@ -247,7 +242,7 @@ def answers(data: Path) -> str:
         for weights in contrasts.values()
     }  # what stands in two rows is one look
     looks = {key: one for key, one in found.items() if one is not None and len(one.by_seed) > 1}
-    apart = {key for key, one in looks.items() if abs(one.estimate.mean) > one.estimate.half_width}
+    apart = {key for key, one in looks.items() if one.estimate.told_apart}
     stars = {key for key, holds in zip(looks, holm([one.p for one in looks.values()]), strict=True) if holds}
     absent = []
     for (name, what), contrasts in ANSWERS.items():
