@@ -5,7 +5,8 @@ import json
 import pytest
 
 from vwn_ref.experiments.checkpoint import CheckpointError
-from vwn_ref.experiments.compare import holm, interval, keep, load_runs, paired, table
+from vwn_ref.experiments.compare import holm, interval, paired, table
+from vwn_ref.experiments.finished import keep, load_runs
 from vwn_ref.experiments.storage import write_whole
 
 

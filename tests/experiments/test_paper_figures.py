@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from vwn_ref.experiments import paper, paper_figures, plots, scaling
-from vwn_ref.experiments.compare import load_runs, paired
-from vwn_ref.experiments.paper_figures import Contrast, NotRun, Row, contrast, mtp_contrasts, rows, with_m
+from vwn_ref.experiments.compare import paired
+from vwn_ref.experiments.finished import NotRun, load_runs
+from vwn_ref.experiments.paper_figures import BySeed, Row, contrast, mtp_contrasts, rows, with_m
 
 matplotlib.use("Agg")
 
@@ -165,7 +166,7 @@ def test_above_floor(three):
     ],
 )
 def test_verdict(values, side, word):
-    ours = None if values is None else Contrast(dict(enumerate(values)))
+    ours = None if values is None else BySeed(dict(enumerate(values)))
     assert Row("", "", "", side, ours).verdict == word
 
 

@@ -13,8 +13,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 from vwn_ref.experiments import parts, parts_figures, step_times
-from vwn_ref.experiments.compare import KeptRun
-from vwn_ref.experiments.paper_figures import NotRun
+from vwn_ref.experiments.finished import KeptRun, NotRun
 from vwn_ref.experiments.sweep import read_sweep
 
 matplotlib.use("Agg")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vwn_ref.experiments import plots
-from vwn_ref.experiments.compare import KeptRun
+from vwn_ref.experiments.finished import KeptRun
 
 matplotlib.use("Agg")
 

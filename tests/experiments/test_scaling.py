@@ -9,7 +9,8 @@ import pytest
 from scipy import stats
 
 from vwn_ref.experiments import paper, scaling
-from vwn_ref.experiments.compare import interval, load_runs
+from vwn_ref.experiments.compare import interval
+from vwn_ref.experiments.finished import common_seeds, load_runs
 from vwn_ref.experiments.scaling import fit_log2, log_ratios, smoother, token_efficiency
 
 R = [1.0, 2.0, 4.0, 8.0]
@@ -259,7 +260,7 @@ def test_names_that_make_no_fit(kept, monkeypatch, options, message):
 def test_kept_runs_that_do_not_fit(kept, capsys, monkeypatch):
     runs = load_runs(kept)
     with pytest.raises(ValueError, match="r1, r4: must have a seed in common"):
-        scaling.common_seeds([runs["r1"], runs["r4"][2:]])
+        common_seeds([runs["r1"], runs["r4"][2:]])
     (runs["r4"][0].log).pop()
     with pytest.raises(ValueError, match="every seed's log must have train_next at the same steps"):
         scaling.curves_of(runs["r4"], [0, 1])

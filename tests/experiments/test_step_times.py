@@ -11,7 +11,7 @@ import torch
 
 from vwn_ref.experiments import step_times
 from vwn_ref.experiments.checkpoint import CheckpointError
-from vwn_ref.experiments.compare import KeptRun
+from vwn_ref.experiments.finished import KeptRun
 from vwn_ref.experiments.train import TrainConfig, train
 
 SWEEP = """

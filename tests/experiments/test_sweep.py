@@ -19,7 +19,8 @@ from vwn_ref import VWNTransformer
 from vwn_ref.cost import add, model_flops, model_parameters
 from vwn_ref.experiments import sweep as module
 from vwn_ref.experiments.checkpoint import load, save
-from vwn_ref.experiments.compare import load_runs, paired
+from vwn_ref.experiments.compare import paired
+from vwn_ref.experiments.finished import load_runs
 from vwn_ref.experiments.run import fixed_fields
 from vwn_ref.experiments.sweep import SweepArguments, check_folders, execute, kept_runs, read_sweep, shard, table
 from vwn_ref.experiments.train import TrainConfig, load_run, train

@@ -13,7 +13,7 @@ from vwn_ref.depth import hard_window, record, residual_window, trace
 from vwn_ref.experiments import windows, windows_figures
 from vwn_ref.experiments.checkpoint import CheckpointError
 from vwn_ref.experiments.data import load_corpus
-from vwn_ref.experiments.paper_figures import NotRun
+from vwn_ref.experiments.finished import NotRun
 from vwn_ref.experiments.train import load_run, train, val_starts
 
 

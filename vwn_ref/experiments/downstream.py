@@ -70,11 +70,12 @@ from torch import Tensor
 
 from vwn_ref.backbone import at_least_float32
 from vwn_ref.config import check_int
-from vwn_ref.experiments import compare
+from vwn_ref.experiments import finished
 from vwn_ref.experiments.checkpoint import CheckpointError
-from vwn_ref.experiments.compare import KeptRun, load_runs, paired
+from vwn_ref.experiments.compare import paired
 from vwn_ref.experiments.console import note, told
 from vwn_ref.experiments.data import END, DataConfig, decode, find_files, is_text, kind, n_bytes, read_documents
+from vwn_ref.experiments.finished import KeptRun, load_runs
 from vwn_ref.experiments.run import flat, read_json
 from vwn_ref.experiments.storage import file_digest, json_digest, write_text
 from vwn_ref.experiments.train import load_run
@@ -573,11 +574,11 @@ def evaluate(model: Model, tokenizer: Tokenizer, seq_len: int, text: Text, setti
 def find_runs(folder: str | Path) -> list[Path]:
     """Folders of finished runs with weights in `folder`, or below it. Raises FileNotFoundError where there is none."""
     needed = ("config.json", "tokenizer.json", "weights.safetensors")
-    finished = sorted(path.parent for path in Path(folder).expanduser().rglob("summary.json"))
-    runs = [run for run in finished if all((run / name).is_file() for name in needed)]
+    done = sorted(path.parent for path in Path(folder).expanduser().rglob("summary.json"))
+    runs = [run for run in done if all((run / name).is_file() for name in needed)]
     if not runs:
         raise FileNotFoundError(
-            f"folder = {str(folder)!r}: must hold finished runs with weights, has {len(finished)} finished without"
+            f"folder = {str(folder)!r}: must hold finished runs with weights, has {len(done)} finished without"
         )
     return runs
 
@@ -631,7 +632,7 @@ def evaluate_run(run: Path, text: Text, settings: Settings, threads: int | None 
 
 
 def load(folder: str | Path) -> dict[str, list[KeptRun]]:
-    """`compare.load_runs` of the runs that were evaluated, with every measure in the summary: "heldout.loss", ….
+    """`load_runs` of the runs that were evaluated, with every measure in the summary: "heldout.loss", ….
 
     Raises FileNotFoundError where none was, ValueError where they were not evaluated in the same way.
     """
@@ -688,7 +689,7 @@ def cells(runs: list[KeptRun], base: list[KeptRun], measure: str) -> list[str]:
 def keep(source: str | Path, target: str | Path) -> int:
     """Copy what is kept of the evaluated runs, downstream.json with it; returns how many there are."""
     names = {path.parent.name for path in Path(source).glob(f"*/{RESULT}")}
-    return compare.keep(source, target, names)
+    return finished.keep(source, target, names)
 
 
 # ----------------------------------------------------------------------------------------------- command line

@@ -25,30 +25,18 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from vwn_ref.experiments import downstream, paper
-from vwn_ref.experiments.compare import Estimate, KeptRun, interval, load_runs
+from vwn_ref.experiments.compare import Estimate, interval
 from vwn_ref.experiments.console import told
+from vwn_ref.experiments.finished import KeptRun, NotRun, Runs, runs_in, shared_seeds
 from vwn_ref.experiments.plots import COLOURS, MARKERS, PLAIN, signed
 from vwn_ref.experiments.scaling import TokenEfficiency, curves_of, fine_grid, smoother, token_efficiency
 
-Runs = dict[str, list[KeptRun]]  # as `load_runs` gives them
-LOSSES = {"next": "next token", "next2": "next-2 token (MTP head)"}
+HEADS = {"next": "next token", "next2": "next-2 token (MTP head)"}  # whose training curves are drawn
 PAPERS = "0.45"  # the colour of what is the paper's
 WIDTHS = (2, 4, 8)  # r of Figs. 6-8
 SEGMENTS = (1, 2, 4, 8)  # m of study C
 KINDS = {"n_experts0": "dense", "n_experts4": "MoE, 2 of 4 experts"}  # of study D, by the end of the variant's name
 DOUBLINGS = 0.5  # how far a curve is smoothed, see scaling.smoother
-
-
-class NotRun(LookupError):
-    """The runs that a figure is drawn from are not there yet."""
-
-
-def runs_in(folder: Path) -> Runs:
-    """`load_runs`, empty where there is none."""
-    try:
-        return load_runs(folder)
-    except FileNotFoundError:
-        return {}
 
 
 def evaluated_in(folder: Path) -> Runs:
@@ -59,16 +47,11 @@ def evaluated_in(folder: Path) -> Runs:
         return {}
 
 
-def shared_seeds(runs: Runs, *names: str) -> list[int]:
-    """Seeds that all these variants have; none where a variant is missing."""
-    return sorted(set.intersection(*({run.seed for run in runs.get(name, [])} for name in names)))
-
-
 # ------------------------------------------------------------------------------------------------- numbers
 
 
 @dataclass(frozen=True)
-class Contrast:
+class BySeed:
     """A number for each seed, most often a difference of losses; its mean and 95 % interval."""
 
     by_seed: Mapping[int, float]
@@ -102,7 +85,7 @@ class Contrast:
         return f"{signed(mean)}, one seed" if seeds == 1 else f"{signed(mean)} ± {half:.3f}, {seeds} seeds"
 
 
-def contrast(runs: Runs, weights: Mapping[str, int | float], name: str = "val_next") -> Contrast | None:
+def contrast(runs: Runs, weights: Mapping[str, int | float], name: str = "val_next") -> BySeed | None:
     """Sum of weight × final loss over the variants, seed by seed: {"r8": 1, "plain": -1} is a paired difference.
 
     Over the seeds that all the variants have; None where there is no such seed.
@@ -111,7 +94,7 @@ def contrast(runs: Runs, weights: Mapping[str, int | float], name: str = "val_ne
     if not seeds:
         return None
     final = {variant: {run.seed: run.summary[name] for run in runs[variant]} for variant in weights}
-    return Contrast({seed: sum(w * final[variant][seed] for variant, w in weights.items()) for seed in seeds})
+    return BySeed({seed: sum(w * final[variant][seed] for variant, w in weights.items()) for seed in seeds})
 
 
 def mtp_contrasts(kind: str) -> dict[str, dict[str, int]]:
@@ -136,7 +119,7 @@ def with_m(r: int, m: int) -> str:
 
 
 def efficiency(runs: Runs, variant: str, loss: str, base: str = "plain") -> TokenEfficiency | None:
-    """Times fewer tokens that `variant` needs for the base's last training loss, as in Fig. 1. loss: of LOSSES."""
+    """Times fewer tokens that `variant` needs for the base's last training loss, as in Fig. 1. loss: of HEADS."""
     seeds = shared_seeds(runs, base, variant)
     if not seeds:
         return None
@@ -160,7 +143,7 @@ def gap(runs: Runs, variant: str, loss: str) -> tuple[np.ndarray, np.ndarray] | 
     return tokens, wide - plain
 
 
-def growth(runs: Runs, variant: str, loss: str) -> Contrast | None:
+def growth(runs: Runs, variant: str, loss: str) -> BySeed | None:
     """The gap to plain at the end of the run minus that after half its tokens: < 0 where the advantage grows."""
     found = gap(runs, variant, loss)
     if found is None:
@@ -168,7 +151,7 @@ def growth(runs: Runs, variant: str, loss: str) -> Contrast | None:
     tokens, gaps = found
     half = int(np.argmin(abs(tokens - tokens[-1] / 2)))
     seeds = shared_seeds(runs, "plain", variant)
-    return Contrast(dict(zip(seeds, (float(x) for x in gaps[:, -1] - gaps[:, half]), strict=True)))
+    return BySeed(dict(zip(seeds, (float(x) for x in gaps[:, -1] - gaps[:, half]), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -224,14 +207,14 @@ class Row:
     """The paper's number or the difference of two, "" where it prints none."""
     side: int
     """Where our number is if the claim holds here: -1 below 0, 1 above 0 (a ratio: 1), 0 if no side is claimed."""
-    ours: Contrast | TokenEfficiency | None
+    ours: BySeed | TokenEfficiency | None
     """None: not run yet."""
 
     @property
     def verdict(self) -> str:
         if self.ours is None:
             return "not run yet"
-        null, ends = (0, self.ours.ends) if isinstance(self.ours, Contrast) else (1, (self.ours.low, self.ours.high))
+        null, ends = (0, self.ours.ends) if isinstance(self.ours, BySeed) else (1, (self.ours.low, self.ours.high))
         if None in ends or math.isnan(ends[0]):
             return "no interval"
         if ends[0] <= null <= ends[1]:
@@ -362,7 +345,7 @@ def room(marks: Sequence[float], bars: Sequence[float]) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def half_of(found: Contrast | None) -> float:
+def half_of(found: BySeed | None) -> float:
     return math.nan if found is None else found.estimate.half_width
 
 
@@ -371,7 +354,7 @@ def fig_1(data: Path) -> Figure:
     runs = runs_in(data / "a")
     seeds = need(runs, "plain", "r8")
     fig, axes = plt.subplots(1, 2, figsize=(9.5, 4.0))
-    for ax, (loss, title) in zip(axes, LOSSES.items(), strict=True):
+    for ax, (loss, title) in zip(axes, HEADS.items(), strict=True):
         ends = []
         for name, label, colour in (("plain", "plain", PLAIN), ("r8", "VWN, r = 8", COLOURS[0])):
             tokens, curves = smooth(runs, name, seeds, loss)
@@ -477,7 +460,7 @@ def fig_7(data: Path) -> Figure:
     if not there:
         raise NotRun("no seed has finished runs of plain and of r2, r4 or r8 yet")
     fig, axes = plt.subplots(1, 3, figsize=(10.5, 4.0), width_ratios=(1, 1, 0.75))
-    for ax, (loss, title) in zip(axes, LOSSES.items(), strict=False):
+    for ax, (loss, title) in zip(axes, HEADS.items(), strict=False):
         for k, r in ((k, r) for k, r in enumerate(WIDTHS) if r in there):
             tokens, gaps = gap(runs, f"r{r}", loss)
             x, shown = tokens / 1e6, tokens > 0.03 * tokens[-1]

@@ -28,15 +28,22 @@ import tyro
 from vwn_ref.config import VWNConfig
 from vwn_ref.cost import BACKWARD, add, model_flops, model_parameters
 from vwn_ref.experiments import step_times
-from vwn_ref.experiments.compare import KeptRun, load_runs, paired
+from vwn_ref.experiments.compare import paired
 from vwn_ref.experiments.console import told
-from vwn_ref.experiments.scaling import common_seeds, measures
+from vwn_ref.experiments.finished import (
+    LOSSES,
+    KeptRun,
+    Runs,
+    common_seeds,
+    load_runs,
+    measures,
+    runs_in,
+    shared_seeds,
+)
 
-Runs = dict[str, list[KeptRun]]
 Times = dict[str, float] | None  # seconds a training step, by variant
 CURRENCIES = ("parameters", "backbone", "arithmetic", "CPU time")
 BACKBONE = ("attention projections", "attention scores", "ffn", "norms")
-LOSSES = {"val_next": "next token", "val_next2": "next-2 token"}
 
 
 class Contrast(NamedTuple):
@@ -180,8 +187,6 @@ SPLIT = {
 
 def across_table(data: Path, loss: str = "val_next") -> str:
     """Markdown: where does the width itself pay? `SPLIT` by backbone and vocabulary, in the folders `BACKBONES`."""
-    from vwn_ref.experiments.paper_figures import runs_in, shared_seeds
-
     lines = [f"| D | blocks | vocabulary | embedding's share of plain | {' | '.join(SPLIT)} |"]
     lines.append("|" + "---|" * (4 + len(SPLIT)))
     for name in BACKBONES:

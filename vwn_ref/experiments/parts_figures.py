@@ -17,10 +17,9 @@ from matplotlib.lines import Line2D
 
 from vwn_ref.experiments import step_times
 from vwn_ref.experiments.compare import paired
-from vwn_ref.experiments.paper_figures import NotRun, runs_in
-from vwn_ref.experiments.parts import CONTRASTS, CURRENCIES, LOSSES, Runs, Times, price_ratio
+from vwn_ref.experiments.finished import LOSSES, NotRun, Runs, common_seeds, measures, runs_in
+from vwn_ref.experiments.parts import CONTRASTS, CURRENCIES, Times, price_ratio
 from vwn_ref.experiments.plots import COLOURS, MARKERS, PLAIN
-from vwn_ref.experiments.scaling import common_seeds, measures
 
 FAMILIES = {
     "plain, wider: D = 16 to 32": ("plain", "plain-d20", "plain-d24", "plain-d28", "plain-d32"),

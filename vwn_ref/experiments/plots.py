@@ -18,8 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
 from vwn_ref.experiments import paper, scaling
-from vwn_ref.experiments.compare import KeptRun, interval, load_runs
+from vwn_ref.experiments.compare import interval
 from vwn_ref.experiments.console import told
+from vwn_ref.experiments.finished import KeptRun, load_runs
 from vwn_ref.experiments.storage import write_whole
 from vwn_ref.experiments.sweep import STUDIES, kept_runs, read_sweep
 

@@ -18,8 +18,9 @@ import tyro
 from vwn_ref.experiments import paper, scaling, step_times, windows
 from vwn_ref.experiments.compare import Estimate, holm, interval, paired
 from vwn_ref.experiments.console import told
-from vwn_ref.experiments.paper_figures import contrast, mtp_contrasts, runs_in
-from vwn_ref.experiments.parts import CONTRASTS, LOSSES, price_ratio
+from vwn_ref.experiments.finished import LOSSES, runs_in
+from vwn_ref.experiments.paper_figures import contrast, mtp_contrasts
+from vwn_ref.experiments.parts import CONTRASTS, price_ratio
 from vwn_ref.experiments.plots import r_families, signed
 from vwn_ref.experiments.run import read_json
 from vwn_ref.experiments.storage import between, write_text

@@ -23,8 +23,9 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from vwn_ref.config import check_choice, check_float
-from vwn_ref.experiments.compare import Estimate, KeptRun, interval, load_runs
+from vwn_ref.experiments.compare import Estimate, interval
 from vwn_ref.experiments.console import told
+from vwn_ref.experiments.finished import KeptRun, common_seeds, load_runs, measures
 
 # --------------------------------------------------------------------------------------------- loss against r
 
@@ -327,23 +328,10 @@ def curves_of(runs: Sequence[KeptRun], seeds: Sequence[int], name: str = "train_
     return chosen[0][0], np.array([losses for _, losses in chosen])
 
 
-def common_seeds(groups: Sequence[Sequence[KeptRun]]) -> list[int]:
-    """Seeds that every group has. Raises ValueError if there are none."""
-    seeds = sorted(set.intersection(*({run.seed for run in runs} for runs in groups)))
-    if not seeds:
-        raise ValueError(f"{', '.join(runs[0].name for runs in groups)}: must have a seed in common")
-    return seeds
-
-
 def r_of(run: KeptRun) -> float:
     """n/m of a run; 1 for the plain model."""
     model = run.config["model"]
     return 1.0 if model["m"] is None else model["n"] / model["m"]
-
-
-def measures(run: KeptRun, loss: str) -> bool:
-    """Whether a run has this final loss. Without an MTP head there is no next-2 token loss, whatever is written."""
-    return loss in run.summary and (loss != "val_next2" or run.config["model"].get("mtp_layers", 0) > 0)
 
 
 # ---------------------------------------------------------------------------------------------- command line

@@ -32,9 +32,9 @@ import tyro
 from vwn_ref.config import VWNConfig
 from vwn_ref.experiments.bench_cpu import undisturbed
 from vwn_ref.experiments.checkpoint import CheckpointError
-from vwn_ref.experiments.compare import KeptRun, is_number
 from vwn_ref.experiments.console import told
 from vwn_ref.experiments.data import Corpus, load_corpus
+from vwn_ref.experiments.finished import KeptRun, is_number
 from vwn_ref.experiments.run import read_json
 from vwn_ref.experiments.storage import json_digest, write_text
 from vwn_ref.experiments.sweep import read_sweep

@@ -66,9 +66,10 @@ from tqdm import tqdm
 
 from vwn_ref.config import VWNConfig
 from vwn_ref.cost import model_parameters
-from vwn_ref.experiments.compare import KeptRun, keep, paired_or_why, read_run
+from vwn_ref.experiments.compare import paired_or_why
 from vwn_ref.experiments.console import Signals, note, told
 from vwn_ref.experiments.data import DataConfig, find_files
+from vwn_ref.experiments.finished import LOSSES, KeptRun, Runs, keep, read_run
 from vwn_ref.experiments.run import Locked, Run, flat
 from vwn_ref.experiments.train import Stopped, TrainConfig, train
 
@@ -422,13 +423,10 @@ def default_jobs(runs: Sequence[Planned]) -> int:
 # ------------------------------------------------------------------------------------------------ the table
 
 
-LOSSES = {"val_next": "next-token loss", "val_next2": "next-2-token loss"}
-
-
-def kept_runs(sweep: Sweep) -> dict[str, list[KeptRun]]:
+def kept_runs(sweep: Sweep) -> Runs:
     """The finished runs of each variant that has some, in the order of the file; what else its folder holds, such as
     another study's runs, is left out."""
-    found: dict[str, list[KeptRun]] = {}
+    found: Runs = {}
     for run in sweep.runs:
         if run.finished:
             found.setdefault(run.variant, []).append(read_run(run.folder))
@@ -441,20 +439,20 @@ def table(sweep: Sweep) -> str:
     for run in sweep.runs:
         variants.setdefault(run.variant, []).append(run)
     kept = {name: [] for name in variants} | kept_runs(sweep)
-    losses = [name for name in LOSSES if any(measures(runs[0], name) for runs in variants.values())]
+    losses = [name for name in LOSSES if any(will_measure(runs[0], name) for runs in variants.values())]
 
     def cells(name: str, loss: str) -> list[str]:
         run = variants[name][0]
-        if not kept[name] or not measures(run, loss):
+        if not kept[name] or not will_measure(run, loss):
             return ["", ""]
         mean = f"{statistics.fmean(one.summary[loss] for one in kept[name]):.4f}"
         base = variants[run.base][0]
-        against = name != run.base and measures(base, loss)
+        against = name != run.base and will_measure(base, loss)
         return [mean, difference(kept[name], kept[run.base], loss) if against else ""]
 
     bases = list(dict.fromkeys(run.base for run in sweep.runs))
     against = f"against {bases[0] if len(bases) == 1 else 'base'}"
-    header = ["model", "parameters", "seeds", *(text for loss in losses for text in (LOSSES[loss], against))]
+    header = ["model", "parameters", "seeds", *(text for loss in losses for text in (f"{LOSSES[loss]} loss", against))]
     lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
     for name, runs in variants.items():
         size = sum(model_parameters(runs[0].config.model).values())
@@ -466,8 +464,8 @@ def table(sweep: Sweep) -> str:
     return "\n".join(lines)
 
 
-def measures(run: Planned, loss: str) -> bool:
-    """Whether a run has this loss: that of the next token but one needs an MTP head."""
+def will_measure(run: Planned, loss: str) -> bool:
+    """Whether a run will have this loss: that of the next token but one needs an MTP head."""
     return loss != "val_next2" or run.config.model.mtp_layers > 0
 
 

@@ -41,9 +41,10 @@ from vwn_ref.depth import (
     strength,
 )
 from vwn_ref.experiments.checkpoint import CheckpointError
-from vwn_ref.experiments.compare import interval, load_runs
+from vwn_ref.experiments.compare import interval
 from vwn_ref.experiments.console import note, told
 from vwn_ref.experiments.data import load_corpus
+from vwn_ref.experiments.finished import load_runs
 from vwn_ref.experiments.run import read_json
 from vwn_ref.experiments.storage import file_digest, write_text
 from vwn_ref.experiments.train import load_run, val_starts, windows

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from vwn_ref.experiments.paper_figures import NotRun
+from vwn_ref.experiments.finished import NotRun
 from vwn_ref.experiments.plots import COLOURS, MARKERS, PLAIN
 from vwn_ref.experiments.windows import FRACTIONS, SHARES, last_reads, load
 
