@@ -23,6 +23,7 @@ from vwn_ref.kernels.depth import depth_backward_kernel, depth_kernel, own_size
 from vwn_ref.kernels.last import last_backward_kernel, last_kernel
 from vwn_ref.kernels.operation import Operation, check_shape
 from vwn_ref.kernels.step import step_backward_kernel, step_kernel
+from vwn_ref.kernels.tiles import LEAST_SUM
 from vwn_ref.kernels.weights import weights_kernel
 from vwn_ref.kernels.width import width_backward_kernel, width_kernel
 
@@ -111,6 +112,9 @@ _TILES = {
     ("last_backward", 16): (Tile(1, 64, 1), Tile(2, 32, 1), Tile(2, 32, 2), Tile(1, 64, 8)),
     ("last_backward", 32): (Tile(4, 32, 1), Tile(2, 16, 1), Tile(1, 16, 1), Tile(1, 32, 4, 1)),
 }
+if LEAST_SUM > 8:  # Triton before 3.8: a sum over 8 slots takes two tokens a program, or 16 slots' registers
+    _TILES["step", 16] = (Tile(4, 32, 1), Tile(2, 32, 1), Tile(1, 64, 1), Tile(1, 64, 4))
+    _TILES["step_backward", 16] = (Tile(1, 32, 1), Tile(2, 16, 1), Tile(1, 32, 1), Tile(1, 32, 8))
 
 
 @functools.cache
@@ -131,10 +135,11 @@ def sizes(kernel: str, m: int, n: int, d: int, dtype: torch.dtype) -> dict:
     """The compile-time arguments that all kernels but `weights_kernel` have, and num_warps and num_stages."""
     BT, BD, num_warps, num_stages = tile(kernel, m, n, d, 8 * dtype.itemsize)
     many, MP, NP = is_many(n), next_power_of_2(m), next_power_of_2(n)
+    least = (8 if BT > 1 else LEAST_SUM) if many else 1  # what a sum on the tensor cores is padded to
     return {
         "M": m, "N": n, "D": d, "BT": BT, "BD": BD, "MANY": many, "PREC": precision(dtype), "num_warps": num_warps,
         "num_stages": num_stages,
-        "MP": max(8, MP) if many else MP, "NP": max(8, NP) if many else NP,  # no fewer than 8 on a tensor core
+        "MP": max(least, MP), "NP": max(least, NP),
     }  # fmt: skip
 
 

@@ -25,15 +25,19 @@ from torch import Tensor
 from vwn_ref import dynamic, ghc
 from vwn_ref.config import KERNELS, check_choice
 
+OLDEST_TRITON = (3, 5)  # before it the matrices of a product must have 16 rows and columns
+
 reference = SimpleNamespace(width=ghc.width, dynamic_width=dynamic.dynamic_width, depth=ghc.depth)
 
 
 @functools.cache
 def triton_kernels() -> ModuleType | None:
-    """`vwn_ref.kernels.fused`, None where Triton is not installed."""
+    """`vwn_ref.kernels.fused`, None where Triton is not installed, or too old."""
     try:
-        import triton  # noqa: F401
+        import triton
     except ImportError:
+        return None
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
         return None
     from vwn_ref.kernels import fused
 
@@ -43,7 +47,7 @@ def triton_kernels() -> ModuleType | None:
 def select(kernels: str):
     """The operations that `kernels` names: "reference", "cpu", "triton", or "auto" for the fastest here.
 
-    Raises ValueError for another name, and for "triton" where Triton is not installed.
+    Raises ValueError for another name, and for "triton" where Triton 3.5 or newer is not installed.
     """
     check_choice("kernels", kernels, KERNELS)
     if kernels == "reference":
@@ -53,8 +57,8 @@ def select(kernels: str):
         fused = triton_kernels()
         if fused is None:
             raise ValueError(
-                "kernels = 'triton': Triton is not installed (pip install triton; it is made for Linux with an NVIDIA "
-                "or AMD GPU); without it must be 'auto', 'cpu' or 'reference'"
+                "kernels = 'triton': Triton 3.5 or newer is not installed (pip install triton; it is made for Linux "
+                "with an NVIDIA or AMD GPU); without it must be 'auto', 'cpu' or 'reference'"
             )
         return SimpleNamespace(width=fused.width, dynamic_width=fused.dynamic_width, depth=fused.depth)
     if kernels == "auto":

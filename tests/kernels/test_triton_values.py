@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from vwn_ref.kernels import fused
+from triton.runtime.interpreter import InterpreterBuilder
+from vwn_ref.kernels import fused, tiles
 
 from vwn_ref import dynamic, ghc
 from vwn_ref.config import VWNConfig
@@ -161,6 +162,23 @@ def test_a_step_backward_of_two_kernels(monkeypatch, static):
     case = (2, 4, 12, (7,), torch.float32)
     found, wanted = (two_sublayers(ops, *case, static=static) for ops in (fused, Reference))
     assert_close(found, wanted, TOLERANCE[torch.float32])
+
+
+@pytest.mark.skipif(not fused.INTERPRETED, reason="the Triton that is here decides")
+@pytest.mark.parametrize("m, n, BT", [(4, 8, 2), (5, 7, 4), (4, 8, 1), (3, 9, 2)], ids=str)
+def test_as_before_triton_3_8(m, n, BT, monkeypatch):
+    """Where `tl.dot` takes no sum of 8: several tokens on the diagonal of one product; a single one has 16 slots."""
+    monkeypatch.setattr(tiles, "per_token", tiles.per_token_on_diagonal)
+    monkeypatch.setattr(tiles, "project", tiles.project_on_diagonal)
+    monkeypatch.setattr(fused, "LEAST_SUM", 16)
+    monkeypatch.setattr(fused, "tile", lambda *_: fused.Tile(BT, 16, 1))
+    sums, product = [], InterpreterBuilder.create_dot
+    note = lambda self, X, *rest: sums.append(X.data.shape[-1]) or product(self, X, *rest)  # noqa: E731
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", note)
+    case = (m, n, 24, (5,), torch.float32)
+    found, wanted = (two_sublayers(ops, *case, groups=n % m == 0) for ops in (fused, Reference))
+    assert_close(found, wanted, TOLERANCE[torch.float32])
+    assert sums and min(sums) >= 16
 
 
 @pytest.mark.parametrize("lead", [(), (0,), (2, 0, 3), (2, 1, 3)], ids=str)
