@@ -110,15 +110,18 @@ def wiring(ax: Axes, A: object, B: object, *, title: str = "") -> None:
     ports = m + 0.3 - np.arange(m)  # segment 1 on top
     ax.add_patch(mpl.patches.Rectangle((into, 0.75), out - into, m + 0.1, facecolor="0.92", edgecolor="0.3"))
     ax.text((into + out) / 2, m + 0.95, "T", ha="center", va="bottom", fontsize=12)
-    # Where along a wire its weight is written: where it meets few others.
-    at_read, at_write = (0.3, 0.7) if m == 1 else (0.75, 0.35)
+    # Where along a wire its weight is written: where it meets few others, for one segment half way up to the next slot.
+    up = 0.5 / (ports[0] - slots)
+    at_read, at_write = (up, 1 - up) if m == 1 else (np.full(n, 0.75), np.full(n, 0.35))
     wires = (  # weights [from, to], where from and to are, the colour, that place
-        (A[:, :m], (left, slots), (into, ports), COLOURS[0], at_read),
+        (A[:, :m], (left, slots), (into, ports), COLOURS[0], at_read[:, None]),
         (A[:, m:], (left, slots), (right, slots), "0.55", 0.3),
         (B, (out, ports), (right, slots), COLOURS[1], at_write),
     )
-    for weights, (x0, y0), (x1, y1), colour, along in wires:
-        for (i, j), weight in np.ndenumerate(weights):
+    for weights, (x0, y0), (x1, y1), colour, places in wires:
+        for ((i, j), weight), along in zip(
+            np.ndenumerate(weights), np.broadcast_to(places, weights.shape).flat, strict=True
+        ):
             if not weight:
                 continue
             line = "--" if weight < 0 else "-"
