@@ -201,6 +201,43 @@ def test_families_of_one_price_stand_side_by_side():
     assert loss_line(ax, "VWN, low-rank table: r = 1, 2, 4, 8").get_xdata()[0] > 1 and not ax.texts
 
 
+def test_by_backbone(tmp_path):
+    """Three seeds at D = 4, one at D = 8, which has no MTP head; r = 8 at D = 4 alone."""
+    made = [("a", "plain", s, 5.0 + s, 1, 4) for s in range(3)]
+    made += [("a", "r4", s, 4.0 + s, 1, 4) for s in range(3)]
+    made += [("a", "r8", s, 4.0, 1, 4) for s in range(3)]
+    made += [("b_d32", "plain", 0, 5.0, 0, 8)]
+    for k, (study, name, seed, loss, heads, dim) in enumerate(made):
+        if k == 9:
+            with pytest.raises(NotRun, match="no two backbones"):
+                parts_figures.by_backbone(tmp_path)
+            made.append(("b_d32", "r4", 0, 4.5, 0, 8))
+        model = {} if name == "plain" else {"m": 1, "n": int(name[1])}
+        run = kept(name, seed, loss, dim=dim, mtp_layers=heads, **model)
+        run.summary["val_next2"] = 2 * loss
+        path = tmp_path / study / f"{name}-s{seed}"
+        path.mkdir(parents=True)
+        for file, value in (("config", run.config), ("summary", run.summary)):
+            (path / f"{file}.json").write_text(json.dumps(value))
+        (path / "log.jsonl").write_text("")
+    first, second = parts_figures.by_backbone(tmp_path).axes
+    marks = [
+        [
+            (round(b[0].get_xdata()[0]), b[0].get_ydata()[0], b[0].get_markerfacecolor() == "white")
+            for b in ax.containers
+        ]
+        for ax in (first, second)
+    ]
+    assert marks == [[(0, -1.0, False), (1, -0.5, True), (0, -2.0, True)], [(0, -2.0, False), (0, -4.0, True)]]
+    half = 4.302653 / math.sqrt(3)  # Student's t, two degrees of freedom; standard deviation 1
+    (bar,) = first.containers[2][2]
+    (low, high) = bar.get_segments()[0][:, 1]
+    assert high - low == pytest.approx(2 * half)
+    assert not first.containers[1][2]  # one seed has no bar
+    names = [label.get_text().split(", ")[0] for label in first.get_xticklabels()]
+    assert names == ["D = 4", "D = 8"] and len(second.get_xticklabels()) == 1
+
+
 def test_differences(data):
     (ax,) = parts_figures.differences(data).axes
     names = [label.get_text() for label in ax.get_yticklabels()]

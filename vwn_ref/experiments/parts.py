@@ -185,6 +185,12 @@ SPLIT = {
 }
 
 
+def table_share(plain: VWNConfig) -> float:
+    """The part of a model's parameters that its embedding takes."""
+    sizes = model_parameters(plain)
+    return sizes["embedding"] / sum(sizes.values())
+
+
 def across_table(data: Path, loss: str = "val_next") -> str:
     """Markdown: where does the width itself pay? `SPLIT` by backbone and vocabulary, in the folders `BACKBONES`."""
     lines = [f"| D | blocks | vocabulary | embedding's share of plain | {' | '.join(SPLIT)} |"]
@@ -194,9 +200,7 @@ def across_table(data: Path, loss: str = "val_next") -> str:
         if "plain" not in runs:
             continue
         model = VWNConfig(**runs["plain"][0].config["model"])
-        sizes = model_parameters(model)
-        cells = [str(model.dim), str(model.n_layers), str(model.vocab_size)]
-        cells.append(f"{sizes['embedding'] / sum(sizes.values()):.0%}")
+        cells = [str(model.dim), str(model.n_layers), str(model.vocab_size), f"{table_share(model):.0%}"]
         for one, other in SPLIT.values():
             seeds = shared_seeds(runs, one, other)
             cells.append(f"{paired(runs[one], runs[other], loss)}, {len(seeds)} seeds" if seeds else "–")

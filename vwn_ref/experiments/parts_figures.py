@@ -1,11 +1,13 @@
-"""Study E's two pictures: the loss against each currency, and each difference of `parts.CONTRASTS` with its interval.
+"""Study E's pictures: the loss against each currency, each difference of `parts.CONTRASTS` with its interval, and, with
+study B, what VWNs gain with each backbone.
 
-`make figures` draws them into figures/, from the runs in `data`/a (see figures/README.md).
+`make figures` draws them into figures/, from the runs in `data`/a and its neighbours (see figures/README.md).
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from pathlib import Path
 
@@ -15,10 +17,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from vwn_ref.config import VWNConfig
 from vwn_ref.experiments import step_times
 from vwn_ref.experiments.compare import paired
-from vwn_ref.experiments.finished import LOSSES, NotRun, Runs, common_seeds, measures, runs_in
-from vwn_ref.experiments.parts import CONTRASTS, CURRENCIES, Times, price_ratio
+from vwn_ref.experiments.finished import LOSSES, NotRun, Runs, common_seeds, measures, runs_in, shared_seeds
+from vwn_ref.experiments.parts import BACKBONES, CONTRASTS, CURRENCIES, Times, price_ratio, table_share
 from vwn_ref.experiments.plots import COLOURS, MARKERS, PLAIN
 
 FAMILIES = {
@@ -29,6 +32,12 @@ FAMILIES = {
     "VWN, low-rank table: r = 1, 2, 4, 8": ("r1", "r2-lowrank", "r4-lowrank", "r8-lowrank"),
     "VWN, static, wide table: r = 1, 2, 4": ("r1-static", "r2-static", "r4-static"),
     "with n-grams: plain, r = 2, 4": ("plain-ngram", "r2-ngram", "r4-ngram"),
+}
+GAINS = {
+    "r = 4, wide table": ("r4", "plain"),
+    "r = 8, wide table": ("r8", "plain"),
+    "r = 4, table D wide": ("r4-lowrank", "plain"),
+    "r = 8, table D wide": ("r8-lowrank", "plain"),
 }
 LOOKS = (
     (PLAIN, "-"),
@@ -137,4 +146,45 @@ def differences(data: Path, reach: float = 0.5) -> Figure:
     empty = Line2D([], [], color="0.4", marker="o", ms=4.5, mfc="white")
     labels = [*LOSSES.values(), "hollow: not told apart from 0, or one seed"]
     fig.legend([*marks, empty], labels, loc="outside lower center", ncols=3, fontsize=8.5)
+    return fig
+
+
+def by_backbone(data: Path) -> Figure:
+    """Studies A, B and E's bytes: what `GAINS` are with each backbone of `parts.BACKBONES`, by both losses.
+
+    Bars are 95 % intervals over the seeds; hollow marks: the interval holds 0, or one seed. Raises NotRun before two
+    backbones have a VWN of these.
+    """
+    found = {name: runs_in(data / name) for name in BACKBONES}
+    found = {name: runs for name, runs in found.items() if any(set(pair) <= runs.keys() for pair in GAINS.values())}
+    if len(found) < 2:
+        raise NotRun("no two backbones yet, study B")
+    panels = {loss: [runs for runs in found.values() if measures(runs["plain"][0], loss)] for loss in LOSSES}
+    panels = {loss: there for loss, there in panels.items() if there}
+    widths = [len(there) for there in panels.values()]
+    fig, axes = plt.subplots(1, len(panels), figsize=(9.5, 3.9), sharey=True, squeeze=False, width_ratios=widths)
+    for ax, (loss, there) in zip(axes[0], panels.items(), strict=True):
+        for k, pair in enumerate(GAINS.values()):
+            for place, runs in enumerate(there):
+                if not (set(pair) <= runs.keys() and shared_seeds(runs, *pair)):
+                    continue
+                mean, half = gain = paired(*(runs[one] for one in pair), loss)
+                x, face = place + 0.14 * (k - 1.5), COLOURS[k] if gain.told_apart else "white"
+                ax.errorbar(
+                    x, mean, None if math.isnan(half) else half, color=COLOURS[k], fmt=MARKERS[k], ms=5, mfc=face
+                )
+        ax.axhline(0, color=PLAIN, linewidth=1)
+        models = [VWNConfig(**runs["plain"][0].config["model"]) for runs in there]
+        labels = [
+            f"D = {m.dim}, {m.n_layers} blocks\nvocabulary {m.vocab_size}\ntable {table_share(m):.0%}" for m in models
+        ]
+        ax.set_xticks(range(len(there)), labels, fontsize=8.5)
+        ax.set(title=LOSSES[loss], xlim=(-0.5, len(there) - 0.5))
+        ax.grid(visible=False, axis="x")
+    axes[0, 0].set_ylabel("loss minus plain's (nats a token)")
+    axes[0, 0].set_xlabel("table: the embedding's share of plain's parameters", fontsize=9)
+    marks = [Line2D([], [], color=COLOURS[k], marker=MARKERS[k], linestyle="", ms=5) for k in range(len(GAINS))]
+    empty = Line2D([], [], color="0.4", marker="o", linestyle="", ms=5, mfc="white")
+    labels = [*GAINS, "hollow: not told apart from 0"]
+    fig.legend([*marks, empty], labels, loc="outside lower center", ncols=5, fontsize=8.5, columnspacing=1.2)
     return fig

@@ -359,7 +359,7 @@ def main() -> None:
     """Redraw every figure of this repository; run from its top folder. One without runs yet is passed by."""
     # these stand on this module
     from vwn_ref.experiments.paper_figures import FIGURES, NotRun
-    from vwn_ref.experiments.parts_figures import differences, what_pays
+    from vwn_ref.experiments.parts_figures import by_backbone, differences, what_pays
     from vwn_ref.experiments.windows_figures import how_far_back
 
     figures = Path("figures")
@@ -367,7 +367,7 @@ def main() -> None:
         sys.exit("error: no folder figures/data here: run this in the top folder of the repository")
     mpl.use("Agg")
     style()
-    for draw in (overview, r_sweep, *FIGURES, what_pays, differences, how_far_back):
+    for draw in (overview, r_sweep, *FIGURES, what_pays, differences, by_backbone, how_far_back):
         path = figures / f"{draw.__name__}.png"
         try:
             with told():
