@@ -60,8 +60,9 @@ def how_far_back(data: Path) -> Figure:
         radii = np.mean([row["radius"] for row in by_m[m]], axis=0)  # [L, 3]: 5 %, 50 %, 95 % of the tokens
         right.plot(range(1, L + 1), radii[:, 1], color=COLOURS[k], marker=MARKERS[k], ms=3.5, label=f"m = {m}")
         right.fill_between(range(1, L + 1), radii[:, 0], radii[:, 2], color=COLOURS[k], alpha=0.15, linewidth=0)
-    right.axhline(1, color=PLAIN, linewidth=1)
+    right.axhline(1, color=PLAIN, linewidth=1, label="plain")
+    right.set_xlabel("layer")
     right.set(title="spectral radius of Â by layer, 5 % to 95 % of tokens")
     for ax in (left, middle, right):
-        ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.09), ncols=2, columnspacing=1)
+        ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, columnspacing=1)
     return fig
