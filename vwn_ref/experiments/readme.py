@@ -80,6 +80,7 @@ def of_parts(about: str, *which: str, models: bool = False) -> dict[str, dict[st
 ANSWERS = {
     ("b_d32", "D = 32: r − plain"): widths("plain"),
     ("b_d64", "D = 64: r − plain"): widths("plain"),
+    ("b_d64", "D = 64: r − plain at half its learning rate"): widths("plain-lr0.005"),
     ("c_m", "m = 8 − m = 4"): {f"r = {r}": minus(f"r{r}-m8", f"r{r}") for r in (2, 4, 8)},
     ("c_m", "m = 2 − m = 4"): {f"r = {r}": minus(f"r{r}-m2", f"r{r}") for r in (2, 4, 8)},
     ("c_m", "m = 1 − m = 4"): {f"r = {r}": minus(f"r{r}-m1", f"r{r}") for r in (2, 4, 8)},
