@@ -28,7 +28,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LEAST_SUM = 8 if tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 8) else 16  # `tl.dot` takes
+VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+LEAST_SUM = 8 if VERSION >= (3, 8) else 16  # the fewest terms that `tl.dot` adds up
 
 
 @triton.jit

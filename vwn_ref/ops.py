@@ -34,10 +34,12 @@ reference = SimpleNamespace(width=ghc.width, dynamic_width=dynamic.dynamic_width
 def triton_kernels() -> ModuleType | None:
     """`vwn_ref.kernels.fused`, None where Triton is not installed, or too old."""
     try:
-        import triton
+        import triton  # noqa: F401
     except ImportError:
         return None
-    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
+    from vwn_ref.kernels.tiles import VERSION
+
+    if VERSION < OLDEST_TRITON:
         return None
     from vwn_ref.kernels import fused
 

@@ -203,15 +203,8 @@ def test_families_of_one_price_stand_side_by_side():
 
 def test_by_backbone(tmp_path):
     """Three seeds at D = 4, one at D = 8, which has no MTP head; r = 8 at D = 4 alone."""
-    made = [("a", "plain", s, 5.0 + s, 1, 4) for s in range(3)]
-    made += [("a", "r4", s, 4.0 + s, 1, 4) for s in range(3)]
-    made += [("a", "r8", s, 4.0, 1, 4) for s in range(3)]
-    made += [("b_d32", "plain", 0, 5.0, 0, 8)]
-    for k, (study, name, seed, loss, heads, dim) in enumerate(made):
-        if k == 9:
-            with pytest.raises(NotRun, match="no two backbones"):
-                parts_figures.by_backbone(tmp_path)
-            made.append(("b_d32", "r4", 0, 4.5, 0, 8))
+
+    def write(study, name, seed, loss, heads=1, dim=4):
         model = {} if name == "plain" else {"m": 1, "n": int(name[1])}
         run = kept(name, seed, loss, dim=dim, mtp_layers=heads, **model)
         run.summary["val_next2"] = 2 * loss
@@ -220,6 +213,15 @@ def test_by_backbone(tmp_path):
         for file, value in (("config", run.config), ("summary", run.summary)):
             (path / f"{file}.json").write_text(json.dumps(value))
         (path / "log.jsonl").write_text("")
+
+    for seed in range(3):
+        write("a", "plain", seed, 5.0 + seed)
+        write("a", "r4", seed, 4.0 + seed)
+        write("a", "r8", seed, 4.0)
+    write("b_d32", "plain", 0, 5.0, heads=0, dim=8)
+    with pytest.raises(NotRun, match="no two backbones"):
+        parts_figures.by_backbone(tmp_path)
+    write("b_d32", "r4", 0, 4.5, heads=0, dim=8)
     first, second = parts_figures.by_backbone(tmp_path).axes
     marks = [
         [
