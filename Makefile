@@ -43,7 +43,7 @@ help:
 	@echo "make test-kernels  compile every Triton kernel for every target, without a GPU; takes an hour or more, goes on"
 	@echo "make gpu        on a machine with a GPU: its tests, then the benchmark; writes figures/data/gpu and README's table"
 	@echo "make notebooks  execute the notebooks in place; NB=notebooks/02_*.ipynb for some of them"
-	@echo "make figures    redraw figures/*.png, and write README's results, from the numbers in figures/data"
+	@echo "make figures    redraw figures/*.png, and write the results in README.md and figures/README.md, from the numbers in figures/data"
 	@echo "make bench      time the model on this CPU"
 	@echo "make lint       ruff: rules and format, notebooks too"
 	@echo "make install    make .venv and install requirements.txt; the targets above do so when needed"
@@ -77,7 +77,7 @@ notebooks: $(STAMP)
 
 figures: $(STAMP)
 	$(PY) -m vwn_ref.experiments.plots $(ARGS)
-	$(PY) -m vwn_ref.experiments.readme --readme README.md
+	$(PY) -m vwn_ref.experiments.readme --root .
 
 bench: $(STAMP)
 	$(PY) -m vwn_ref.experiments.bench_cpu $(ARGS)

@@ -2,7 +2,7 @@
 
 Reads figures/data/gpu/<device>/{rates,ops,steps,memory}.json and computes nothing but ratios of what stands there.
 With --readme FILE it puts the tables between the two comment lines of that file that say so. What is not there is
-"not measured".
+"not measured"; where nothing is, the file only says that.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ TOKENS = 16_384
 WIDTHS = (1024, 2048, 4096)
 SHAPES = {1.5: (2, 3), 2: (4, 8), 4: (4, 16), 8: (8, 64)}  # r -> (m, n)
 NOT_MEASURED = "not measured"
+NOTHING = "**Not measured: no GPU was at hand.** `python -m vwn_ref.kernels.report` prints the targets."
 
 Rows = dict[str, list[dict]]  # stage -> rows
 
@@ -172,7 +173,7 @@ def training_steps(rows: Rows) -> list[str]:
 
 
 def markdown(folder: Path) -> str:
-    """The tables of every device that was measured; without one, the targets and that nothing was."""
+    """The tables of every device that was measured; without one, that none was, and every target."""
     head = ["| target (H100 or H200, bfloat16) | | |", "|---|---|---|"]
     parts = []
     for device in sorted(p for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []:
@@ -180,9 +181,14 @@ def markdown(folder: Path) -> str:
         lines = [f"**{device.name}**", "", *head, *(target.line(rows) for target in targets())]
         parts.append("\n".join([*lines, "", *operations(rows), "", *training_steps(rows)]))
     if not parts:
-        lines = ["**Not measured: no GPU was at hand.**", "", "<details><summary>What is to be measured</summary>", ""]
-        parts = ["\n".join([*lines, *head, *(target.line({}) for target in targets()), "", "</details>"])]
+        parts = ["\n".join([NOTHING, "", *head, *(target.line({}) for target in targets())])]
     return "\n\n".join(parts)
+
+
+def for_readme(folder: Path) -> str:
+    """The same, but where nothing was measured README only says so."""
+    whole = markdown(folder)
+    return NOTHING if whole.startswith(NOTHING) else whole
 
 
 def into(text: str, table: str) -> str:
@@ -197,13 +203,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=FOLDER, help="default: figures/data/gpu of this repository")
     parser.add_argument("--readme", type=Path, help="a file with the two lines; default: print")
     asked = parser.parse_args()
-    table = markdown(asked.data)
     if asked.readme is None:
-        print(table)
+        print(markdown(asked.data))
         return
     from vwn_ref.experiments.storage import write_text
 
-    write_text(asked.readme, into(asked.readme.read_text(encoding="utf-8"), table))
+    write_text(asked.readme, into(asked.readme.read_text(encoding="utf-8"), for_readme(asked.data)))
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from vwn_ref.experiments.readme import rewritten
+from vwn_ref.experiments.readme import PARTS, rewritten
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+FIGURES = (ROOT / "figures" / "README.md").read_text(encoding="utf-8")
 
 
 def test_examples_run(capsys):
@@ -26,7 +27,7 @@ def test_commands_parse():
     """Every training command line in README is one that the program takes."""
     from vwn_ref.experiments.train import parse
 
-    text = TEXT.replace("\\\n", " ").replace("$s", "0")  # lines joined, the loop's variable filled in
+    text = (TEXT + FIGURES).replace("\\\n", " ").replace("$s", "0")  # lines joined, the loop's variable filled in
     lines = re.findall(r"-m vwn_ref\.experiments\.train ([^#\n;]*)", text)
     assert len(lines) >= 4
     for line in lines:
@@ -55,4 +56,16 @@ def test_names_in_the_equation_table_exist():
 
 def test_results_are_those_of_the_kept_data():
     """What stands between the comment lines is what `make figures` writes there."""
-    assert rewritten(TEXT) == TEXT
+    assert rewritten("README.md", TEXT) == TEXT
+    assert rewritten("figures/README.md", FIGURES) == FIGURES
+
+
+def test_estimates_in_prose_stand_in_the_tables_too():
+    """Prose is written by hand, so each "−0.076 ± 0.017" in it must be a number that the generated parts have."""
+    written, prose = "", TEXT + FIGURES
+    for name in PARTS:
+        part = re.search(rf"<!-- {name}: begin.*?<!-- {name}: end -->", prose, re.S).group()
+        written, prose = written + part, prose.replace(part, "")
+    number = re.compile(r"[−+-]?\d+\.\d+ ± \d+\.\d+")
+    known, said = (set(number.findall(text.replace("\u00a0", " "))) for text in (written, prose))
+    assert len(said) > 20 and not said - known, said - known

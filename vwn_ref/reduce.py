@@ -7,7 +7,7 @@
 | W_reduce  | `linear.weight` | [D, D′]                                                |
 
 What the paper does not say is the initial W_reduce. Ours averages the slots that Eq. (15) gives the same segment;
-for an integer r that is the mean of the r groups. README.md has the comparison with the other two.
+for an integer r that is the mean of the r groups. figures/README.md has the comparison with the other two.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def test_contrasts_name_models_of_the_study_and_change_one_thing():
     assert {name for family in parts_figures.FAMILIES.values() for name in family} - others <= CONFIGS.keys()
     alone = {
         "dynamics": {"dynamic"},
-        "wider state and its connections, table D wide": {"n", "embed_rank"},
+        "wider state and its connections, low-rank table": {"n", "embed_rank"},
         "wide table, with the width": {"embed_rank"},
         "wide table, without the width": {"embed_rank"},
         "n-grams": {"ngram_buckets"},

@@ -30,6 +30,9 @@ def data(tmp_path):
     for run in read_sweep(readme.STUDIES / "e_parts.toml").runs:
         if run.name in ("r2-static-s0", "plain-d20-s1"):
             keep(tmp_path / "a" / run.name, run.config, 0.0)
+    for run in sweep.runs:
+        if run.name in ("plain-s0", "plain-s1", "r2-s0", "r2-s1"):
+            keep(tmp_path / "first_training" / run.name, run.config, 2.0 + run.config.seed)
     seconds, timed = {"plain": 0.1, "r2": 0.13, "r4": 0.2, "r8": 0.8}, {}
     for run in sweep.runs:
         if run.variant in seconds:
@@ -42,7 +45,12 @@ def data(tmp_path):
 def keep(folder, config, loss):
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(asdict(config)))
-    (folder / "log.jsonl").write_text("")
+    lines = []
+    for k in range(17):  # four doublings of the tokens: each takes 1 off the loss
+        part = 2 ** ((k - 16) / 4)
+        losses = {"train_next": loss + (16 - k) / 4, "train_next2": loss + 1 + (16 - k) / 4}
+        lines.append(json.dumps({"step": round(config.steps * part), "tokens": round(1e6 * part), **losses}))
+    (folder / "log.jsonl").write_text("\n".join(lines) + "\n")
     seconds = 3600.0 * (1 if config.model.is_plain else float(config.model.r))
     summary = {
         "val_next": loss,
@@ -55,10 +63,13 @@ def keep(folder, config, loss):
 
 
 def test_slopes_prices_and_differences(data):
-    text = readme.r_sweep(data).replace("\n", " ")
-    assert "takes 3.5 times its arithmetic and 8.0 times its CPU time." in text and "intervals over 2 seeds)" in text
-    lines = readme.r_sweep(data).splitlines()
+    whole = readme.r_sweep(data).replace("\u00a0", " ")
+    text, lines = whole.replace("\n", " "), whole.splitlines()
     wide, low = "−0.250 ± 0.000", "−0.150 ± 0.000"
+    assert f"2 seeds), each doubling of r from 1 to 8 changes the next-token loss by {wide} nats on average" in text
+    assert "times plain's parameters and 3.5 times its arithmetic" in text
+    assert "by these factors: 3.36× (3.36 to 3.36) and 3.36× (3.36 to 3.36) at D = 16." in text  # 2 ** 1.75
+    assert "first: +0.000 ± 0.000 and +0.000 ± 0.000) nor" in text and "billion active parameters)." in text
     assert f"| next token | wide table (2) | {wide} | {wide} | +0.000 ± 0.000 | −1.750 ± 0.000 |" in lines
     assert f"| next-2 token | low-rank table (3) | {low} | {low} | – | – |" in lines  # no r8-lowrank
     assert "| plain | 2 | 1.00× | 1.00× | 1.0× | 4.250 | 5.250 |" in lines
@@ -69,8 +80,8 @@ def test_slopes_prices_and_differences(data):
 
 def test_prices_without_times(data):
     (data / "a" / "step_times.json").unlink()
-    text = readme.r_sweep(data).replace("\n", " ")
-    assert "takes 3.5 times its arithmetic. Nothing here shows" in text
+    lines = readme.r_sweep(data).splitlines()
+    assert "| plain | 2 | 1.00× | 1.00× | – | 4.250 | 5.250 |" in lines
 
 
 def test_runs_are_counted_once(data):
@@ -85,20 +96,51 @@ def test_runs_are_counted_once(data):
 
 def test_answers_are_differences_of_the_kept_runs(data):
     """r4-lowrank is 2.7 and r1 3.0 for both seeds, so the difference has no spread; r8-lowrank has no runs."""
-    lines = readme.answers(data).splitlines()
-    assert lines[-4] == "" and lines[-3].startswith("5 of these 5 intervals do not hold 0; by luck alone 0.2 would")
-    absent = ("B, D = 32: r − plain", "B, D = 64: r − plain", "B, D = 64: r − plain at half its learning rate", "C, ")
-    assert lines[-2] == "" and lines[-1].startswith("Not run yet: " + "; ".join(absent))
-    assert not any("VWN (2, 3)" in line for line in lines[:-1]) and "D, VWN (2, 3) − plain" in lines[-1]
-    alone = next(line for line in lines if "a wider state and its" in line)
-    assert alone.endswith("| r = 2 **−0.150 ± 0.000**\\*; r = 4 **−0.300 ± 0.000**\\*; r = 8 not run yet |")
-    spread = next(line for line in lines if "routing alone" in line)
-    assert spread.endswith("| static not run yet; dynamic **−1.000 ± 0.000**\\* |")
+
+    def table():
+        lines = readme.answers(data).replace("\u00a0", " ").splitlines()
+        rows, above = {}, ["", ""]
+        for line in lines[2:]:
+            if line.startswith("|"):
+                study, what, label, *cells = line.strip("| ").split(" | ")
+                above = [new.strip() or old for new, old in zip((study, what), above, strict=True)]
+                rows[*above, label.strip()] = cells
+        return lines, rows
+
+    lines, rows = table()
+    count = next(line for line in lines if "intervals exclude 0" in line)
+    assert count.startswith("16 of these 16 intervals exclude 0, 16 of them below it; were there no difference"), count
+    absent = ("B, D = 32: r − plain", "B, D = 32: a wider state, low-rank table: r − r = 1", "B, D = 32: the wide")
+    assert lines[-1].startswith("Not run yet: " + "; ".join(absent))
+    assert not any("VWN (2, 3)" in key[1] for key in rows) and "D, VWN (2, 3) − plain" in lines[-1]
+    wider = "E", "a wider state, low-rank table: r − r = 1"
+    assert rows[*wider, "r = 2"] == ["2", "**−0.150 ± 0.000**\\*", "**−0.150 ± 0.000**\\*"]
+    assert (*wider, "r = 8") not in rows
     for run in read_sweep(readme.STUDIES / "c_m.toml").runs:
         if run.variant == "r2-m8" and run.config.seed < 2:  # r2 is 2.75 and 3.25
             keep(data / "a" / run.name, run.config, 2.75 + (0.2 if run.config.seed else -0.2))
-    line = next(line for line in readme.answers(data).splitlines() if "m = 8 − m = 4" in line)
-    assert line.startswith("| C | m = 8 − m = 4 | r = 2 −0.250 ± 0.635; r = 4 not run yet")  # −0.2 and −0.3: t is 12.7
+    _, rows = table()
+    assert rows["C", "m = 8 − m = 4", "r = 2"] == ["2", "−0.250 ± 0.635", "−0.250 ± 0.635"]  # −0.2, −0.3: t is 12.7
+
+
+def test_no_next_2_loss_without_a_head(data):
+    """Where a run has no MTP head its summary still has a number, which is none."""
+    for run in read_sweep(readme.STUDIES / "d_mtp.toml").runs:
+        if run.variant.endswith("n_experts0") and run.config.seed < 2:
+            keep(data / "d" / run.name, run.config, 3.0 if run.variant.startswith("vwn") else 3.5)
+    row = next(x for x in readme.answers(data).replace("\u00a0", " ").splitlines() if "VWN (2, 3) − plain" in x)
+    assert row == "| D | VWN (2, 3) − plain | dense | 2 | **−0.500 ± 0.000**\\* | – |"
+
+
+def test_backbones_side_by_side(data):
+    for run in read_sweep(readme.STUDIES / "b_d32.toml").runs:
+        if run.config.seed == 0 and run.variant in ("plain", "r1", "r2", "r4", "r8"):
+            r = 1 if run.config.model.is_plain else run.config.model.r
+            keep(data / "b_d32" / run.name, run.config, 3 - 0.1 * math.log2(r))
+    lines = readme.backbones(data).splitlines()[2:]
+    slope, gain = (f"−{x:.3f}\u00a0±\u00a00.000" for x in (0.25, 1.75))
+    assert lines[0] == f"| 16 | 30 | 2 | next token | {slope} | {gain} | – | – |"  # no r8-lowrank
+    assert lines[2] == "| 32 | 30 | 1 | next token | −0.100 | −0.300 | – | – |" and len(lines) == 4
 
 
 def test_what_the_middle_layers_give(data):
@@ -114,7 +156,8 @@ def test_what_the_middle_layers_give(data):
             row["back"] = back
             (folder / "windows.json").write_text(json.dumps(row))
     assert any(
-        x.startswith("| F | part of") and x.endswith("| m = 2 0.20 ± 1.27 |") for x in readme.answers(data).splitlines()
+        x.startswith("Study F besides") and x.endswith(": m = 2 0.20\u00a0±\u00a01.27.")
+        for x in readme.answers(data).splitlines()
     )
 
 
@@ -146,13 +189,18 @@ def test_main_prints_or_writes(data, tmp_path, monkeypatch, capsys):
     readme.main()
     printed = capsys.readouterr().out
     by = "written by vwn_ref.experiments.readme"
-    marks = [f"<!-- {name}: begin, {by} -->\n<!-- {name}: end -->" for name in readme.PARTS]
-    (tmp_path / "R.md").write_text("\n".join(["before", *marks, "after"]), encoding="utf-8")
-    monkeypatch.setattr("sys.argv", ["readme", "--readme", str(tmp_path / "R.md"), "--data", str(data)])
+    files = {"README.md": tmp_path / "README.md", "figures/README.md": tmp_path / "figures" / "README.md"}
+    (tmp_path / "figures").mkdir()
+    for name, file in files.items():
+        marks = [f"<!-- {x}: begin, {by} -->\n<!-- {x}: end -->" for x, (of, _) in readme.PARTS.items() if of == name]
+        file.write_text("\n".join(["before", *marks, "after"]), encoding="utf-8")
+    monkeypatch.setattr("sys.argv", ["readme", "--root", str(tmp_path), "--data", str(data)])
     readme.main()
-    written = (tmp_path / "R.md").read_text(encoding="utf-8")
-    assert all(part in written for part in printed.strip().split("\n\n")) and written.endswith("after")
-    assert readme.rewritten(written, data) == written
-    (tmp_path / "R.md").write_text("nothing")
+    written = {name: file.read_text(encoding="utf-8") for name, file in files.items()}
+    assert all(part in "".join(written.values()) for part in printed.strip().split("\n\n"))
+    assert all(text.endswith("after") and readme.rewritten(name, text, data) == text for name, text in written.items())
+    files["figures/README.md"].write_text("nothing")
+    files["README.md"].write_text(written["README.md"].replace("5 seeds", "6 seeds"))
     with pytest.raises(SystemExit, match="error: the file must have the lines"):
         readme.main()
+    assert files["figures/README.md"].read_text() == "nothing"

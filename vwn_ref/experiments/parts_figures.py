@@ -36,8 +36,8 @@ FAMILIES = {
 GAINS = {
     "r = 4, wide table": ("r4", "plain"),
     "r = 8, wide table": ("r8", "plain"),
-    "r = 4, table D wide": ("r4-lowrank", "plain"),
-    "r = 8, table D wide": ("r8-lowrank", "plain"),
+    "r = 4, low-rank table": ("r4-lowrank", "plain"),
+    "r = 8, low-rank table": ("r8-lowrank", "plain"),
 }
 LOOKS = (
     (PLAIN, "-"),

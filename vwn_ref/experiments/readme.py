@@ -1,6 +1,6 @@
-"""The parts of README.md that are results: `python -m vwn_ref.experiments.readme --readme README.md`.
+"""The results in README.md and figures/README.md: `python -m vwn_ref.experiments.readme --root .` writes them.
 
-All of it is computed from figures/data and stands between two comment lines of the file, one pair for each part. No
+All of it is computed from figures/data and stands between two comment lines of those files, one pair for each part. No
 sentence depends on how a study ends, only the numbers in it.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +17,10 @@ import numpy as np
 import tyro
 
 from vwn_ref.experiments import paper, scaling, step_times, windows
-from vwn_ref.experiments.compare import Estimate, holm, interval, paired
+from vwn_ref.experiments.compare import Estimate, holm, interval, paired, table
 from vwn_ref.experiments.console import told
-from vwn_ref.experiments.finished import LOSSES, runs_in
-from vwn_ref.experiments.paper_figures import contrast, mtp_contrasts
+from vwn_ref.experiments.finished import LOSSES, Runs, measures, runs_in, shared_seeds
+from vwn_ref.experiments.paper_figures import BySeed, contrast, efficiency, evaluated_in, mtp_contrasts
 from vwn_ref.experiments.parts import CONTRASTS, price_ratio
 from vwn_ref.experiments.plots import r_families, signed
 from vwn_ref.experiments.run import read_json
@@ -30,11 +31,10 @@ DATA = Path(__file__).resolve().parents[2] / "figures" / "data"
 
 NAMES = (
     "`r1` to `r8` have m = 4, n = 4r, dynamic GHC and the wide table (`r1.5`: no GroupNorm, not in the fits), "
-    "`-lowrank` the table D wide.\nDifferences are paired by seed, with 95 % intervals; prices are those of a whole "
+    "`-lowrank` the low-rank one.\nDifferences are paired by seed, with 95 % intervals; prices are those of a whole "
     "training run over plain's. CPU time is that of its\nsteps: all models took turns in one process, on one thread "
-    "(`python -m vwn_ref.experiments.step_times`).\nThe MTP head's mixing matrix is D/m wide in a VWN and D wide in "
-    "plain: next-2 losses differ in that too.\nEvery ± is over seeds, of weights and batches: text, tokenizer and "
-    "validation windows are the same for all."
+    "(`figures/README.md` has the command); builds of one model differ by up to a third,\nand their means by an eighth."
+    " Every ± is over seeds, of weights and batches: text, tokenizer and validation windows are the same for all."
 )
 
 QUESTIONS = {
@@ -61,13 +61,13 @@ def both_backbones(label: str) -> dict[str, dict[str, int]]:
 
 
 def widths(base: str) -> dict[str, dict[str, int]]:
-    """r = 2, 4, 8 minus `base`, and r = 8 with the table D wide."""
-    return {f"r = {r}": minus(f"r{r}", base) for r in (2, 4, 8)} | {"r = 8, table D wide": minus("r8-lowrank", base)}
+    """r = 2, 4, 8 minus `base`, and r = 8 with the low-rank table."""
+    return {f"r = {r}": minus(f"r{r}", base) for r in (2, 4, 8)} | {"r = 8, low-rank table": minus("r8-lowrank", base)}
 
 
-def wide_and_low_rank(r: int, base: str) -> dict[str, dict[str, int]]:
-    """VWN minus `base` with the table rD and D wide."""
-    return {"table rD wide": minus(f"r{r}", base), "table D wide": minus(f"r{r}-lowrank", base)}
+def tables_of_r4(kind: str) -> dict[str, dict[str, int]]:
+    """`e_bytes`: r = 4, dynamic or static, with both tables, minus plain."""
+    return {"wide table": minus(f"r4{kind}", "plain"), "low-rank table": minus(f"r4{kind}-lowrank", "plain")}
 
 
 def of_parts(about: str, *which: str, models: bool = False) -> dict[str, dict[str, int]]:
@@ -78,23 +78,33 @@ def of_parts(about: str, *which: str, models: bool = False) -> dict[str, dict[st
 
 
 ANSWERS = {
-    ("b_d32", "D = 32: r − plain"): widths("plain"),
-    ("b_d64", "D = 64: r − plain"): widths("plain"),
+    ("a_r_sweep", "r − plain"): {f"r = {r}": minus(f"r{r}", "plain") for r in (1, 2, 4, 8)},
+    **{
+        (f"b_d{dim}", f"D = {dim}: {what}"): contrasts
+        for dim, rs in ((32, (4, 8)), (64, (8,)))
+        for what, contrasts in (
+            ("r − plain", widths("plain")),
+            ("a wider state, low-rank table: r − r = 1", {f"r = {r}": minus(f"r{r}-lowrank", "r1") for r in rs}),
+            ("the wide table: r − r, low-rank table", {f"r = {r}": minus(f"r{r}", f"r{r}-lowrank") for r in rs}),
+        )
+    },
+    ("b_d64", "D = 64: plain at half its learning rate − plain"): {"": minus("plain-lr0.005", "plain")},
     ("b_d64", "D = 64: r − plain at half its learning rate"): widths("plain-lr0.005"),
     ("c_m", "m = 8 − m = 4"): {f"r = {r}": minus(f"r{r}-m8", f"r{r}") for r in (2, 4, 8)},
     ("c_m", "m = 2 − m = 4"): {f"r = {r}": minus(f"r{r}-m2", f"r{r}") for r in (2, 4, 8)},
     ("c_m", "m = 1 − m = 4"): {f"r = {r}": minus(f"r{r}-m1", f"r{r}") for r in (2, 4, 8)},
     ("d_mtp", "VWN (2, 3) − plain"): both_backbones("VWN − plain"),
     ("d_mtp", "MTP − plain"): both_backbones("MTP − plain"),
-    ("d_mtp", "what MTP does with VWN − without"): both_backbones("interaction"),
+    ("d_mtp", "interaction: what MTP does in a VWN minus what it does in plain"): both_backbones("interaction"),
     ("e_parts", "routing alone: r = 1 − plain"): of_parts("routing, no width", "static", "dynamic"),
-    ("e_parts", "a wider state and its connections: r with the table D wide − r = 1"): of_parts(
-        "wider state and its connections, table D wide", "r = 2", "r = 4", "r = 8"
+    ("e_parts", "matrices that depend on the token: dynamic − static"): of_parts("dynamics", "at r = 2", "at r = 4"),
+    ("e_parts", "a wider state, low-rank table: r − r = 1"): of_parts(
+        "wider state and its connections, low-rank table", "r = 2", "r = 4", "r = 8"
     ),
     ("e_parts", "a wider table alone: r = 1 with it − r = 1"): of_parts(
         "wide table, without the width", "2D wide, r = 1", "4D wide, r = 1"
     ),
-    ("e_parts", "the wide table, with the width: table rD wide − D wide"): of_parts(
+    ("e_parts", "the wide table: r − r, low-rank table"): of_parts(
         "wide table, with the width", "r = 2", "r = 4", "r = 8"
     ),
     ("e_parts", "VWN − plain with as many parameters"): of_parts(
@@ -108,6 +118,7 @@ ANSWERS = {
     ("e_parts", "VWN − plain with as much arithmetic"): of_parts(
         "against plain with as much arithmetic",
         "r = 2, in 6 blocks",
+        "r = 2, 1.25 × as wide",
         "r = 4, in 10 blocks",
         "r = 4, 1.5 × as wide",
         models=True,
@@ -118,80 +129,156 @@ ANSWERS = {
     ("e_parts", "VWN − plain with n-gram tables"): of_parts(
         "against plain with n-grams", "r = 2 has 31 % fewer parameters", "r = 4 has 3 % more", models=True
     ),
+    ("e_parts", "n-gram tables in a VWN: with − without"): of_parts("n-grams", "r = 2", "r = 4"),
     ("e_parts", "VWN − plain twice as wide"): of_parts("against plain, twice as wide", "r = 2", "r = 4", "r = 8"),
-    ("e_bytes", "single bytes: r = 4 − plain"): wide_and_low_rank(4, "plain"),
+    ("e_parts", "plain with more blocks − plain"): {f"{x} blocks": minus(f"plain-l{x}", "plain") for x in (6, 10, 14)},
+    ("e_bytes", "single bytes: r = 4 − plain"): tables_of_r4(""),
+    ("e_bytes", "single bytes: r = 4, static − plain"): tables_of_r4("-static"),
     ("f_depth", "24 sublayers, r = 2: VWN − plain"): {f"m = {m}": minus(f"m{m}", "plain") for m in (1, 2, 4, 8)},
     ("f_depth", "the same at a quarter of the learning rate"): {
         f"m = {m}": minus(f"m{m}-lr0.005", "plain-lr0.005") for m in (1, 8)
     },
     ("f_depth", "the same with static matrices"): {f"m = {m}": minus(f"m{m}-static", "plain") for m in (4, 8)},
 }
-"""(study, what) -> label -> weights of the variants: the differences of final losses that README shows."""
+"""(study, what) -> label -> weights of the variants: the differences of final losses that the tables show."""
 
 
-def plus_minus(estimate: Estimate) -> str:
-    """−0.080 ± 0.030; without ± for one seed."""
-    half = "" if math.isnan(estimate.half_width) else f" ± {estimate.half_width:.3f}"
-    return signed(estimate.mean) + half
+def plus_minus(estimate: Estimate, digits: int = 3) -> str:
+    """−0.080 ± 0.030, without a line break inside; without ± for one seed."""
+    half = "" if math.isnan(estimate.half_width) else f"\u00a0±\u00a0{estimate.half_width:.{digits}f}"
+    return signed(estimate.mean, digits) + half
+
+
+def cell(found: BySeed | None) -> str:
+    """An estimate in a table, or a dash."""
+    return "–" if found is None else plus_minus(found.estimate)
+
+
+def slope(runs: Runs, variants: Sequence[str], loss: str) -> BySeed | None:
+    """Least squares of the loss on log2 r, seed by seed; None without a common seed or with fewer than two r."""
+    groups = [runs[name] for name in variants if name in runs]
+    if len(groups) < 2 or not shared_seeds(runs, *(group[0].name for group in groups)):
+        return None
+    seeds, losses = scaling.losses_of(groups, loss)
+    fit = scaling.fit_log2(np.array([scaling.r_of(group[0]) for group in groups]), losses)
+    return BySeed(dict(zip(seeds, (float(x) for x in fit.by_seed), strict=True)))
+
+
+WHOLE = ("r1", "r2", "r4", "r8")  # the r that are in the fits
 
 
 def r_sweep(data: Path) -> str:
-    """Study A in two sentences and a table."""
+    """Study A: two sentences, a table of slopes, what the paper's abstract counts, and a folded table of all models."""
     runs = kept_runs(read_sweep(STUDIES / "a_r_sweep.toml", data / "a"))
     if not {"plain", "r1", "r2", "r8"} <= runs.keys():
         raise ValueError(f"{data}: must hold study A in its folder a, plain and r = 1, 2 and 8 at least")
-    plain = runs["plain"]
-    rows, seeds = [], set()
-    for (family, variants), low in zip(r_families(runs).items(), ("", "-lowrank"), strict=True):
-        whole = {scaling.r_of(group[0]): group for group in variants if scaling.r_of(group[0]).is_integer()}
-        for loss, what in (("val_next", "next token"), ("val_next2", "next-2 token")):
-            cells = []
-            for r in (list(whole), [r for r in paper.FIG_8_R if r in whole]):
-                common, losses = scaling.losses_of([whole[x] for x in r], loss)
-                cells.append(plus_minus(scaling.fit_log2(np.array(r), losses).over_seeds) if len(r) > 1 else "–")
-                seeds.add(len(common))
-            bend = {"r8" + low: 1, "r4" + low: -1, "r2" + low: -1, "r1": 1}
-            for weights in (bend, minus("r8" + low, "plain")):
-                found = contrast(runs, weights, loss)
-                cells.append("–" if found is None else plus_minus(found.estimate))
-            rows.append((loss, f"| {what} | {family} | {' | '.join(cells)} |"))
     times = step_times.load(data / "a", runs)
-    ratio = price_ratio(runs["r8"], plain, times)
-    spent = f" and {ratio['CPU time']:.1f} times its CPU time" if ratio["CPU time"] else ""
-    config, tokens, model = plain[0].config, plain[0].summary["tokens"], plain[0].config["model"]
-    of = " or ".join(str(count) for count in sorted(seeds))
+    parts = [textwrap.fill(two_sentences(data, runs), 139), slopes(runs), textwrap.fill(fewer_tokens(data, runs), 139)]
+    return "\n\n".join([*parts, every_model(runs, times)])
+
+
+def two_sentences(data: Path, runs: Runs) -> str:
+    """What the main picture shows, and what it does not."""
+    plain = runs["plain"]
+    ratio = price_ratio(runs["r8"], plain, None)
+    bend = {"r8": 1, "r4": -1, "r2": -1, "r1": 1}
+    each = {loss: slope(runs, WHOLE, loss) for loss in LOSSES}
+    tokens, model = plain[0].summary["tokens"], plain[0].config["model"]
     first = (
         f"With the backbone fixed (D = {model['dim']}, {model['n_layers']} blocks, {tokens / 1e6:.1f}M tokens of "
-        f"Python, learning rate {config['lr']:g}) a doubling of r changes the validation loss, on average, by what the "
-        f"table says (nats a token, 95 % intervals over {of} seeds). The cost is not equal: r = 8 has "
-        f"{ratio['parameters']:.1f} times plain's {plain[0].summary['parameters']:,} parameters and takes "
-        f"{ratio['arithmetic']:.1f} times its arithmetic{spent}."
+        f"Python, {len(each['val_next'].by_seed)} seeds), each doubling of r from 1 to 8 changes the next-token loss "
+        f"by {cell(each['val_next'])} nats on average and the next-2-token loss by {cell(each['val_next2'])}; r = 8 "
+        f"costs {ratio['parameters']:.1f} times plain's parameters and {ratio['arithmetic']:.1f} times its arithmetic, "
+        f"a ratio that falls as D grows."
     )
+    others = []
+    wider = runs_in(data / "b_d64")
+    if all(slope(wider, WHOLE, loss) for loss in LOSSES):
+        there = " and ".join(cell(slope(wider, WHOLE, loss)) for loss in LOSSES)
+        others.append(f"at D = 64 the slopes are {there}")
+    rival = [contrast(runs_in(data / "a"), minus("r4", "plain-d24"), loss) for loss in LOSSES]
+    if all(rival):
+        others.append(
+            f"r = 4 minus a plain model 1.5 times as wide, which costs less, is {' and '.join(map(cell, rival))}"
+        )
     second = (
-        f"Nothing here shows a law (are the steps equal? fifth column), or measures the paper's slope, "
-        f"{paper.FIG_8_SLOPE.printed.replace('-', '−')} at 0.8 billion active parameters: D = 16 was chosen after "
-        f"single runs at D = 32 had shown a smaller gain, and all models have the learning rate that suited plain."
+        f"That is neither a scaling law (last doubling minus first: "
+        f"{' and '.join(cell(contrast(runs, bend, loss)) for loss in LOSSES)}) nor a measurement of the paper's slope "
+        f"({paper.FIG_8_SLOPE.printed.replace('-', '−')} at 0.8 billion active parameters)"
+        f"{': ' if others else ''}{', and '.join(others)}."
     )
-    slopes = ["| loss | embedding | per doubling, r = 1 to 8 | r = 2, 4, 8 | last doubling − first | r = 8 − plain |"]
-    slopes += ["|---|---|---|---|---|---|", *(row for _, row in sorted(rows, key=lambda row: row[0]))]
+    return f"{first} {second}"
+
+
+def slopes(runs: Runs) -> str:
+    """Least squares, bends and differences of both families, by both losses."""
     lines = [
-        "| model | seeds | parameters | arithmetic | CPU time | next token: plain's, then against it | next-2 token |"
+        "| loss | embedding | slope a doubling, r = 1 to 8 | slope, r = 2 to 8 (the paper's r) | last doubling minus "
+        "first (0: a line) | r = 8 − plain |",
+        "|---|---|---|---|---|---|",
     ]
-    lines.append("|---|---|---|---|---|---|---|")
+    for loss, what in LOSSES.items():
+        for family, low in zip(r_families(runs), ("", "-lowrank"), strict=True):
+            names = ["r1", *(f"r{r}{low}" for r in paper.FIG_8_R)]
+            bend = {"r8" + low: 1, "r4" + low: -1, "r2" + low: -1, "r1": 1}
+            cells = [slope(runs, names, loss), slope(runs, names[1:], loss)]
+            cells += [contrast(runs, bend, loss), contrast(runs, minus("r8" + low, "plain"), loss)]
+            lines.append(f"| {what} | {family} | {' | '.join(map(cell, cells))} |")
+    return "\n".join(lines)
+
+
+def fewer_tokens(data: Path, runs: Runs) -> str:
+    """The currency of the paper's abstract."""
+    found = []
+    for where, there in ((f"D = {runs['plain'][0].config['model']['dim']}", runs), ("D = 64", runs_in(data / "b_d64"))):
+        ratios = [efficiency(there, "r8", loss) for loss in ("next", "next2")]
+        if all(ratios):
+            found.append(f"{' and '.join(map(str, ratios))} at {where}")
+    return (
+        f"The paper's abstract counts tokens: r = 8 reaches plain's loss “over 2×” and “3×” faster, next and next-2 "
+        f"token. Here it reaches plain's last training loss with fewer tokens by these factors: {'; '.join(found)}."
+    )
+
+
+def every_model(runs: Runs, times: dict[str, float] | None) -> str:
+    """Prices, losses of plain, and differences to them."""
+    plain = runs["plain"]
+    lines = [
+        "| model | seeds | parameters | arithmetic | CPU time | next-token loss: plain's, then minus plain's "
+        "| next-2 token, likewise |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name, group in runs.items():
         price = price_ratio(group, plain, times)
-        cells = [
-            name,
-            str(len(group)),
-            *(number(price[x]) for x in ("parameters", "arithmetic")),
-            number(price["CPU time"], 1),
-        ]
+        cells = [name, str(len(group)), *(number(price[x]) for x in ("parameters", "arithmetic"))]
+        cells.append(number(price["CPU time"], 1))
         for loss in LOSSES:
             mean = f"{statistics.fmean(run.summary[loss] for run in plain):.3f}"
             cells.append(mean if name == "plain" else plus_minus(paired(group, plain, loss)))
         lines.append(f"| {' | '.join(cells)} |")
-    table = ["<details><summary>Model by model</summary>", "", *lines, "", NAMES, "", "</details>"]
-    return "\n\n".join([textwrap.fill(f"{first} {second}", 139), "\n".join(slopes), "\n".join(table)])
+    return "\n".join(["<details><summary>Model by model</summary>", "", *lines, "", NAMES, "", "</details>"])
+
+
+def backbones(data: Path) -> str:
+    """Studies A and B side by side: what a doubling of r brings with each D, and from which part it comes."""
+    lines = [
+        "| D | tokens for each of plain's parameters | seeds | loss | slope a doubling, r = 1 to 8 | r = 8 − plain "
+        "| of which the wider state: r = 8, low-rank table − r = 1 | and the wide table on top of it |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name in ("a", "b_d32", "b_d64"):
+        runs = runs_in(data / name)
+        if not {"plain", *WHOLE} <= runs.keys():
+            continue
+        one = runs["plain"][0]
+        size = f"{one.config['model']['dim']} | {one.summary['tokens'] / one.summary['parameters']:.0f}"
+        for loss, what in LOSSES.items():
+            cells = [slope(runs, WHOLE, loss)]
+            for pair in (("r8", "plain"), ("r8-lowrank", "r1"), ("r8", "r8-lowrank")):
+                cells.append(contrast(runs, minus(*pair), loss))
+            seeds = len(shared_seeds(runs, "plain", *WHOLE))
+            lines.append(f"| {size} | {seeds} | {what} | {' | '.join(map(cell, cells))} |")
+    return "\n".join(lines)
 
 
 def number(ratio: float | None, digits: int = 2) -> str:
@@ -228,65 +315,83 @@ def cpu_seconds(folder: Path) -> float:
 
 
 def answers(data: Path) -> str:
-    """What studies B to F say: `ANSWERS` as far as their runs are kept, next-token loss.
+    """What the studies say: `ANSWERS` as far as their runs are kept, by both losses; and the middle layers.
 
     What is told apart is bold; what still is when all these looks are counted (Holm) has a star.
     """
-    lines = [
-        "| study | difference of next-token validation losses, nats a token | 95 % over the seeds |",
-        "|---|---|---|",
-    ]
     folders = {name: Path(read_sweep(STUDIES / f"{name}.toml").out).name for name in {study for study, _ in ANSWERS}}
     runs = {folder: runs_in(data / folder) for folder in set(folders.values())}
-    found = {
-        (name, *weights): contrast(runs[folders[name]], weights)
-        for (name, _), contrasts in ANSWERS.items()
-        for weights in contrasts.values()
-    }  # what stands in two rows is one look
+    found: dict[tuple, BySeed | None] = {}  # by folder, loss and weights: what stands in two rows is one look
+    for (name, _), contrasts in ANSWERS.items():
+        there = runs[folders[name]]
+        for weights in contrasts.values():
+            for loss in LOSSES:
+                measured = all(measures(run, loss) for variant in weights for run in there.get(variant, ()))
+                found[folders[name], loss, *weights] = contrast(there, weights, loss) if measured else None
+    evaluated = evaluated_in(data / "a")
+    for r in (2, 4, 8):
+        found["g", "val_next", f"r{r}", "plain"] = contrast(evaluated, minus(f"r{r}", "plain"), "heldout.loss")
     looks = {key: one for key, one in found.items() if one is not None and len(one.by_seed) > 1}
     apart = {key for key, one in looks.items() if one.estimate.told_apart}
     stars = {key for key, holds in zip(looks, holm([one.p for one in looks.values()]), strict=True) if holds}
+
+    def text(key: tuple) -> str:
+        value = cell(found.get(key))
+        return f"**{value}**" + "\\*" * (key in stars) if key in apart else value
+
+    lines = ["| study | difference | | seeds | next token | next-2 token |", "|---|---|---|---|---|---|"]
     absent = []
-    for (name, what), contrasts in ANSWERS.items():
-        cells = []
-        for label, weights in contrasts.items():
-            key = (name, *weights)
-            value = "not run yet" if found[key] is None else plus_minus(found[key].estimate)
-            value = f"**{value}**" + "\\*" * (key in stars) if key in apart else value
-            cells.append(f"{label} {value}")
-        if all(cell.endswith("not run yet") for cell in cells):
-            absent.append(f"{QUESTIONS[name][0]}, {what}")
-        else:
-            lines.append(f"| {QUESTIONS[name][0]} | {what} | {'; '.join(cells)} |")
-    lines += middle_layers(data)
+    held_out = {f"r = {r}": minus(f"r{r}", "plain") for r in (2, 4, 8)}
+    for (name, what), contrasts in (ANSWERS | {("g", "text of another source: r − plain"): held_out}).items():
+        letter = QUESTIONS[name][0] if name in QUESTIONS else "G"
+        rows = {
+            label: [(folders.get(name, name), loss, *weights) for loss in LOSSES]
+            for label, weights in contrasts.items()
+        }
+        rows = {label: keys for label, keys in rows.items() if any(found.get(key) for key in keys)}
+        if not rows:
+            absent.append(f"{letter}, {what}")
+        for label, keys in rows.items():
+            seeds = len(next(found[key] for key in keys if found.get(key)).by_seed)
+            lines.append(f"| {letter} | {what} | {label} | {seeds} | {' | '.join(map(text, keys))} |")
+            letter = what = ""
+    lower = sum(looks[key].estimate.mean < 0 for key in apart)
     lines.append(
-        f"\n{len(apart)} of these {len(looks)} intervals do not hold 0; by luck alone {len(looks) / 20:.1f} would not. "
-        f"A star: told apart also when all these looks are counted (Holm's correction), {len(stars)} of them."
+        f"\n{len(apart)} of these {len(looks)} intervals exclude 0, {lower} of them below it; were there no difference "
+        f"anywhere, about {len(looks) / 20:.1f} would. A star: also when all these looks are counted (Holm's "
+        f"correction), {len(stars)} of them."
     )
-    return "\n".join(lines + ([f"\nNot run yet: {'; '.join(absent)}."] if absent else []))
+    return "\n".join(lines + middle_layers(data) + ([f"\nNot run yet: {'; '.join(absent)}."] if absent else []))
 
 
 def middle_layers(data: Path) -> list[str]:
-    """Study F's row that is no difference of losses; none before its runs are measured."""
+    """What study F says that is no difference of losses; nothing before its runs are measured."""
     deep = windows.load(data / "f_depth") if (data / "f_depth").is_dir() else {}
     cells = []
     for name, label in (("plain", "plain"), ("m1", "m = 1"), ("m2", "m = 2"), ("m4", "m = 4"), ("m8", "m = 8")):
         if name in deep:
             share = interval([windows.last_reads(row)[-1] for row in deep[name]])
-            half = "" if math.isnan(share.half_width) else f" ± {share.half_width:.2f}"
-            cells.append(f"{label} {signed(share.mean, 2).lstrip('+')}{half}")
-    what = "part of what the last of 24 sublayers reads that layers 4 to 23 have written"
-    return [f"| F | {what} (a share of 1) | {'; '.join(cells)} |"] if cells else []
+            cells.append(f"{label} {plus_minus(share, 2).lstrip('+')}")
+    what = "Study F besides: the share of what the last of 24 sublayers reads that sublayers 4 to 23 have written"
+    return [f"\n{what}: {'; '.join(cells)}."] if cells else []
 
 
-PARTS = {"r-sweep": r_sweep, "studies": studies, "answers": answers}
+PARTS = {
+    "r-sweep": ("README.md", r_sweep),
+    "backbones": ("README.md", backbones),
+    "studies": ("figures/README.md", studies),
+    "answers": ("figures/README.md", answers),
+    "first runs": ("figures/README.md", lambda data: table(data / "first_training")),
+}
+"""Part -> the file that it stands in, and what computes it."""
 
 
-def rewritten(text: str, data: Path = DATA) -> str:
-    """`text` with every part as the data have it now."""
-    for name, part in PARTS.items():
-        begin = f"<!-- {name}: begin, written by vwn_ref.experiments.readme -->"
-        text = between(text, begin, f"<!-- {name}: end -->", part(data))
+def rewritten(file: str, text: str, data: Path = DATA) -> str:
+    """`text`, that of `file`, with every part as the data have it now."""
+    for name, (where, part) in PARTS.items():
+        if where == file:
+            begin = f"<!-- {name}: begin, written by vwn_ref.experiments.readme -->"
+            text = between(text, begin, f"<!-- {name}: end -->", part(data))
     return text
 
 
@@ -294,8 +399,8 @@ def rewritten(text: str, data: Path = DATA) -> str:
 class ReadmeConfig:
     """From where, into what."""
 
-    readme: str | None = None
-    """A file with the comment lines; without it the parts are printed."""
+    root: str | None = None
+    """Folder with README.md and figures/README.md; without it the parts are printed."""
     data: str = str(DATA)
     """Folder of kept studies."""
 
@@ -304,11 +409,13 @@ def main() -> None:
     """Write or print; errors are told in a line."""
     config = tyro.cli(ReadmeConfig, prog="python -m vwn_ref.experiments.readme", description=__doc__)
     with told():
-        if config.readme is None:
-            print("\n\n".join(part(Path(config.data)) for part in PARTS.values()))
-        else:
-            file = Path(config.readme)
-            write_text(file, rewritten(file.read_text(encoding="utf-8"), Path(config.data)))
+        if config.root is None:
+            print("\n\n".join(part(Path(config.data)) for _, part in PARTS.values()))
+            return
+        files = {name: Path(config.root) / name for name in dict.fromkeys(where for where, _ in PARTS.values())}
+        texts = {name: rewritten(name, file.read_text("utf-8"), Path(config.data)) for name, file in files.items()}
+        for name, text in texts.items():  # all of them or none
+            write_text(files[name], text)
 
 
 if __name__ == "__main__":
