@@ -192,7 +192,8 @@ def test_families_of_one_price_stand_side_by_side():
     ax = plt.figure().subplots()
     parts_figures.loss_against(ax, runs, "backbone")
     wide, low = loss_line(ax, "VWN, wide table: r = 1, 2, 4, 8"), loss_line(ax, "VWN, low-rank table: r = 1, 2, 4, 8")
-    assert wide.get_xdata().tolist() == [1.0, 1.0] and low.get_xdata().tolist() == [0.93, 0.93]
+    left, right = wide.get_xdata(), low.get_xdata()  # around 1
+    assert len(set(left)) == len(set(right)) == 1 and left[0] < 1 < right[0] and left[0] * right[0] == pytest.approx(1)
     assert wide.get_ydata().tolist() == [2.125, 4.125]  # plain-d20 has no seed 2
     dots = [line.get_ydata().tolist() for line in ax.lines if line.get_markersize() == 2]
     assert dots.count([2.0, 4.0]) == dots.count([2.25, 4.25]) == 2 and len(dots) == 10  # plain begins three lines

@@ -33,7 +33,7 @@ FAMILIES = {
     "VWN, static, wide table: r = 1, 2, 4": ("r1-static", "r2-static", "r4-static"),
     "with n-grams: plain, r = 2, 4": ("plain-ngram", "r2-ngram", "r4-ngram"),
 }
-GAINS = {
+GAINS = {  # two with each table, which have one colour
     "r = 4, wide table": ("r4", "plain"),
     "r = 8, wide table": ("r8", "plain"),
     "r = 4, low-rank table": ("r4-lowrank", "plain"),
@@ -45,6 +45,8 @@ LOOKS = (
     (PLAIN, ":"),
     *zip(COLOURS, ("-", "-", "--", "-."), strict=False),
 )  # of the families
+
+APART = 1.075  # from family to family, where all cost the same
 
 
 def drawn_seeds(runs: Runs) -> list[int]:
@@ -60,29 +62,30 @@ def loss_against(ax: Axes, runs: Runs, currency: str, loss: str = "val_next", ti
     stand side by side in a grey band, which says so.
     """
     seeds = drawn_seeds(runs)
-    ends, upright = [1.0], 0
+    drawn = []
     for (label, names), (colour, line), marker in zip(FAMILIES.items(), LOOKS, MARKERS, strict=False):
         groups = [[run for run in runs[name] if run.seed in seeds] for name in names if name in runs]
         prices = [price_ratio(group, runs["plain"], times)[currency] for group in groups]
         known = [(price, group) for price, group in zip(prices, groups, strict=True) if price is not None]
-        if not known:
-            continue
-        x = np.array([price for price, _ in known])
-        ends += list(x)
-        if len(x) > 1 and np.ptp(x) == 0:
-            x, upright = x * 0.93**upright, upright + 1
-        losses = [[run.summary[loss] for run in group] for _, group in known]
-        look = {"marker": marker, "color": colour}
-        ax.plot(x, [statistics.fmean(row) for row in losses], line, ms=5, linewidth=1.3, label=label, **look)
+        if known:
+            x = np.array([price for price, _ in known])
+            losses = [[run.summary[loss] for run in group] for _, group in known]
+            drawn.append((x, losses, line, {"label": label, "marker": marker, "color": colour}))
+    upright = [k for k, (x, *_) in enumerate(drawn) if len(x) > 1 and np.ptp(x) == 0]
+    for k, (x, losses, line, look) in enumerate(drawn):
+        if k in upright and len(upright) > 1:
+            x = x * APART ** (upright.index(k) - (len(upright) - 1) / 2)
+        ax.plot(x, [statistics.fmean(row) for row in losses], line, ms=5, linewidth=1.3, **look)
         if len(seeds) > 1:
-            ax.plot(x, losses, linestyle="", ms=2, alpha=0.5, **look)
+            ax.plot(x, losses, linestyle="", ms=2, alpha=0.5, marker=look["marker"], color=look["color"])
     title = {"backbone": "arithmetic of the backbone", "arithmetic": "all arithmetic"}.get(currency, currency)
     ax.set(xscale="log", title=title, xlabel="over plain's (log scale)")
-    if upright > 1:
-        ax.axvspan(0.96 * 0.93 ** (upright - 1), 1.04, color="0.5", alpha=0.12, linewidth=0)
+    if len(upright) > 1:
+        end = APART ** (len(upright) / 2 + 0.2)
+        ax.axvspan(1 / end, end, color="0.5", alpha=0.12, linewidth=0)
         text = {"fontsize": 8, "color": "0.4", "transform": ax.get_xaxis_transform()}
-        ax.text(1.08, 0.02, "grey: all at 1×,\nside by side", **text)
-    ticks = [x for x in (1, 1.5, 2, 3, 4, 6) if x <= 1.05 * max(ends)]
+        ax.text(1.04 * end, 0.02, "grey: all at 1×,\nside by side", **text)
+    ticks = [x for x in (1, 1.5, 2, 3, 4, 6) if x <= 1.05 * max([1.0, *(x.max() for x, *_ in drawn)])]
     ax.set_xticks(ticks, [f"{x:g}×" for x in ticks])
     ax.minorticks_off()
 
@@ -165,14 +168,13 @@ def by_backbone(data: Path) -> Figure:
     fig, axes = plt.subplots(1, len(panels), figsize=(9.5, 3.9), sharey=True, squeeze=False, width_ratios=widths)
     for ax, (loss, there) in zip(axes[0], panels.items(), strict=True):
         for k, pair in enumerate(GAINS.values()):
+            colour, marker = COLOURS[k // 2], MARKERS[k % 2]
             for place, runs in enumerate(there):
                 if not (set(pair) <= runs.keys() and shared_seeds(runs, *pair)):
                     continue
                 mean, half = gain = paired(*(runs[one] for one in pair), loss)
-                x, face = place + 0.14 * (k - 1.5), COLOURS[k] if gain.told_apart else "white"
-                ax.errorbar(
-                    x, mean, None if math.isnan(half) else half, color=COLOURS[k], fmt=MARKERS[k], ms=5, mfc=face
-                )
+                x, face = place + 0.14 * (k - 1.5), colour if gain.told_apart else "white"
+                ax.errorbar(x, mean, None if math.isnan(half) else half, color=colour, fmt=marker, ms=5, mfc=face)
         ax.axhline(0, color=PLAIN, linewidth=1)
         models = [VWNConfig(**runs["plain"][0].config["model"]) for runs in there]
         labels = [
@@ -183,7 +185,8 @@ def by_backbone(data: Path) -> Figure:
         ax.grid(visible=False, axis="x")
     axes[0, 0].set_ylabel("loss minus plain's (nats a token)")
     axes[0, 0].set_xlabel("table: the embedding's share of plain's parameters", fontsize=9)
-    marks = [Line2D([], [], color=COLOURS[k], marker=MARKERS[k], linestyle="", ms=5) for k in range(len(GAINS))]
+    looks = [{"color": COLOURS[k // 2], "marker": MARKERS[k % 2]} for k in range(len(GAINS))]
+    marks = [Line2D([], [], linestyle="", ms=5, **look) for look in looks]
     empty = Line2D([], [], color="0.4", marker="o", linestyle="", ms=5, mfc="white")
     labels = [*GAINS, "hollow: not told apart from 0"]
     fig.legend([*marks, empty], labels, loc="outside lower center", ncols=5, fontsize=8.5, columnspacing=1.2)
