@@ -66,6 +66,7 @@ test-slow: $(STAMP)
 # Rows that are kept and still true are not compiled again.
 test-kernels: $(STAMP)
 	$(PY) -m vwn_ref.kernels.aot --jobs $(WORKERS) --out figures/data/gpu/aot.json $(ARGS)
+	$(PY) -m vwn_ref.kernels.report --notes kernels/NOTES.md
 
 gpu: $(STAMP)
 	$(PY) -m pytest tests/kernels/test_gpu.py -rs

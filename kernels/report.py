@@ -3,6 +3,10 @@
 Reads figures/data/gpu/<device>/{rates,ops,steps,memory}.json and computes nothing but ratios of what stands there.
 With --readme FILE it puts the tables between the two comment lines of that file that say so. What is not there is
 "not measured"; where nothing is, the file only says that.
+
+--limits prints what the instructions that `vwn_ref.kernels.aot` counted allow at best, with no GPU, and --notes FILE
+puts it between two such lines: a kernel reaches no larger share of the bandwidth, however well it hides what it waits
+for.
 """
 
 from __future__ import annotations
@@ -14,7 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 FOLDER = Path(__file__).resolve().parents[1] / "figures" / "data" / "gpu"
-BEGIN, END = "<!-- gpu: begin, written by vwn_ref.kernels.report -->", "<!-- gpu: end -->"
+BEGIN, END = (f"<!-- gpu: {x} -->" for x in ("begin, written by vwn_ref.kernels.report", "end"))
+LIMITS = tuple(f"<!-- limits: {x} -->" for x in ("begin, written by vwn_ref.kernels.report", "end"))
 TOKENS = 16_384
 WIDTHS = (1024, 2048, 4096)
 SHAPES = {1.5: (2, 3), 2: (4, 8), 4: (4, 16), 8: (8, 64)}  # r -> (m, n)
@@ -191,24 +196,90 @@ def for_readme(folder: Path) -> str:
     return NOTHING if whole.startswith(NOTHING) else whole
 
 
-def into(text: str, table: str) -> str:
-    """`text` with `table` between the two lines. Raises ValueError unless they are there, once and in this order."""
+def into(text: str, table: str, lines: tuple[str, str] = (BEGIN, END)) -> str:
+    """`text` with `table` between two lines. Raises ValueError unless they are there, once and in this order."""
     from vwn_ref.experiments.storage import between
 
-    return between(text, BEGIN, END, table)
+    return between(text, *lines, table)
+
+
+# -------------------------------------------------------------------------------------------------------- limits
+
+# NVIDIA's data sheet of the H100 SXM, not measured: bytes a second, and float32 FLOPs a second outside the tensor
+# cores, 2 by each of the 32 threads of a warp: so many instructions of a warp can start a second.
+BANDWIDTH, ISSUES = 3.35e12, 67e12 / 64
+
+
+class Limit(NamedTuple):
+    """Nanoseconds a token of one operation, at best: to move what must be moved, and to start the instructions."""
+
+    moving: float
+    starting: float
+
+    @property
+    def share(self) -> float:
+        """Of the bandwidth, at most."""
+        return self.moving / max(self.moving, self.starting)
+
+
+def limit(compiled: list[dict], op: str, direction: str, m: int, n: int, D: int) -> Limit | None:
+    """From the rows of `vwn_ref.kernels.aot`, bfloat16 on sm_90; None where one is missing. Backward, the sums over
+    all tokens that become the gradients of W are left out: another kernel makes them."""
+    from vwn_ref.kernels.bench import minimal_bytes
+
+    wanted = {"m": m, "n": n, "D": D, "dtype": "bf16", "target": "sm_90", "dynamic": True, "norm": True}
+    whole = op if direction == "forward" else f"{op}_backward"
+    names = [whole] if find(compiled, kernel=whole, **wanted) else ["width_backward", "depth_backward"]
+    if len(names) > 1 and (direction, op) != ("backward", "step"):
+        return None
+    counts = [find(compiled, kernel=name, **wanted).get("instructions") for name in names]
+    if None in counts:
+        return None
+    return Limit(1e9 * minimal_bytes(op, direction, m, n, D // m, 1, 2) / BANDWIDTH, 1e9 * sum(counts) / ISSUES)
+
+
+def limits(compiled: list[dict], D: int = 1024) -> str:
+    """Markdown: `Limit` of each operation that has a target, and of width."""
+    aims = {target.what.removesuffix(": share of copy bandwidth"): target.limit for target in targets()}
+    lines = [
+        f"| bfloat16, D = {D} | instructions a token | ns to start them | ns for the bytes | share at most | target |",
+        "|---|---|---|---|---|---|",
+    ]
+    for op in ("width", "depth", "step"):
+        for shape in ((2, 3), (4, 8), (8, 64)):
+            for direction in ("forward", "backward"):
+                found = limit(compiled, op, direction, *shape, D)
+                if found is None:
+                    continue
+                what = f"{op} {shape}, {direction}"
+                aim = f"{aims[what]:.0%}" if what in aims else "–"
+                count = round(found.starting * ISSUES / 1e9)
+                cells = (f"{count:,}", f"{found.starting:.1f}", f"{found.moving:.1f}", f"{found.share:.0%}", aim)
+                lines.append(f"| {what} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def kept_limits(folder: Path = FOLDER) -> str:
+    """`limits` of the table that `make test-kernels` leaves."""
+    return limits(json.loads((folder / "aot.json").read_text(encoding="utf-8"))["rows"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m vwn_ref.kernels.report", description=__doc__)
     parser.add_argument("--data", type=Path, default=FOLDER, help="default: figures/data/gpu of this repository")
     parser.add_argument("--readme", type=Path, help="a file with the two lines; default: print")
+    parser.add_argument("--limits", action="store_true", help="print what the compiled kernels allow at best")
+    parser.add_argument("--notes", type=Path, help="a file with two lines for that table; default: none")
     asked = parser.parse_args()
-    if asked.readme is None:
-        print(markdown(asked.data))
-        return
     from vwn_ref.experiments.storage import write_text
 
-    write_text(asked.readme, into(asked.readme.read_text(encoding="utf-8"), for_readme(asked.data)))
+    for file, lines, table in ((asked.readme, (BEGIN, END), for_readme), (asked.notes, LIMITS, kept_limits)):
+        if file is not None:
+            write_text(file, into(file.read_text(encoding="utf-8"), table(asked.data), lines))
+    if asked.limits:
+        print(kept_limits(asked.data))
+    elif asked.readme is None and asked.notes is None:
+        print(markdown(asked.data))
 
 
 if __name__ == "__main__":

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-
 from vwn_ref.kernels import report
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+ROOT = Path(__file__).resolve().parents[2]
+README, NOTES = ROOT / "README.md", ROOT / "kernels" / "NOTES.md"
 
 
 def op(implementation, op, shape, D, direction, us, share=None, tokens=16_384):
@@ -91,3 +91,56 @@ def test_into():
 def test_readme_says_what_the_kept_data_say():
     text = README.read_text(encoding="utf-8")
     assert report.into(text, report.for_readme(report.FOLDER)) == text
+
+
+def row(kernel, instructions, m=2, n=4, **other):
+    fields = {"kernel": kernel, "m": m, "n": n, "D": 1024, "dtype": "bf16", "target": "sm_90", "dynamic": True}
+    return fields | {"norm": True, "instructions": instructions} | other
+
+
+def test_limits_by_hand():
+    """d_b = 512: a row has 1,024 bytes. width reads 4 rows and writes 2: 6,144 bytes, 1.834 ns."""
+    found = report.limit([row("width", 3840), row("width", 1, dtype="fp32")], "width", "forward", 2, 4, 1024)
+    assert found.moving == pytest.approx(6144 / 3350) and found.starting == pytest.approx(3840 * 64 / 67e3)
+    assert found.share == pytest.approx((6144 / 3350) / (3840 * 64 / 67e3))
+    assert report.limit([row("width", 100)], "width", "forward", 2, 4, 1024).share == 1.0
+    assert report.limit([row("width", 100)], "depth", "forward", 2, 4, 1024) is None
+
+
+def test_limits_of_a_step_backward():
+    """One kernel, or where it is two, both; a width or depth of its own is not made of others."""
+    two = [row("width_backward", 1000), row("depth_backward", 2000)]
+    for rows, count in (([row("step_backward", 2500), *two], 2500), (two, 3000)):
+        found = report.limit(rows, "step", "backward", 2, 4, 1024)
+        assert found.starting == pytest.approx(count * 64 / 67e3)
+        assert found.moving == pytest.approx((3 * 4 + 3 * 2) * 1024 / 3350)
+    assert report.limit(two[:1], "step", "backward", 2, 4, 1024) is None
+    assert report.limit(two[:1], "depth", "backward", 2, 4, 1024) is None
+
+
+def test_limits_stand_beside_their_targets():
+    lines = report.limits([row("depth", 3350, m=2, n=3), row("width", 3350, m=2, n=3)]).splitlines()
+    assert len(lines) == 4 and lines[2].startswith("| width (2, 3), forward | 3,350 | 3.2 | 1.5 | 48% | – |")
+    assert lines[3] == "| depth (2, 3), forward | 3,350 | 3.2 | 2.4 | 76% | 85% |"
+
+
+def test_notes_say_what_the_kept_table_says():
+    text = NOTES.read_text(encoding="utf-8")
+    assert report.into(text, report.kept_limits(), report.LIMITS) == text
+
+
+def test_main_writes_what_is_asked_for(device, tmp_path, monkeypatch, capsys):
+    rows = {"rows": [row("depth", 3350, m=2, n=3)]}
+    (device.parent / "aot.json").write_text(json.dumps(rows))
+    readme, notes = tmp_path / "README.md", tmp_path / "NOTES.md"
+    readme.write_text(f"a\n{report.BEGIN}\n{report.END}\n")
+    notes.write_text("\n".join(["b", *report.LIMITS, ""]))
+    files = ["--readme", str(readme), "--notes", str(notes)]
+    monkeypatch.setattr("sys.argv", ["report", "--data", str(device.parent), *files])
+    report.main()
+    assert "**some-gpu**" in readme.read_text() and "| depth (2, 3), forward | 3,350 |" in notes.read_text()
+    assert capsys.readouterr().out == ""
+    for option, text in (([], "**some-gpu**"), (["--limits"], "| depth (2, 3), forward | 3,350 |")):
+        monkeypatch.setattr("sys.argv", ["report", "--data", str(device.parent), *option])
+        report.main()
+        assert text in capsys.readouterr().out
