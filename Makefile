@@ -20,7 +20,7 @@ STAMP := .venv/installed
 WORKERS ?= 2
 # Notebooks to execute or to check, e.g. NB=notebooks/02_*.ipynb; all of them when empty.
 NB ?=
-# More options for the command behind lab, test, check, bench and figures, e.g. ARGS=--no-browser.
+# More options for the command behind lab, test, check, gpu, bench and figures, e.g. ARGS=--no-browser.
 ARGS ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -69,9 +69,7 @@ test-kernels: $(STAMP)
 	$(PY) -m vwn_ref.kernels.report --notes kernels/NOTES.md
 
 gpu: $(STAMP)
-	$(PY) -m pytest tests/kernels/test_gpu.py -rs
-	$(PY) -m vwn_ref.kernels.bench $(ARGS)
-	$(PY) -m vwn_ref.kernels.report --readme README.md
+	$(PY) tests/kernels/on_gpu.py $(ARGS)
 
 notebooks: $(STAMP)
 	$(PY) tests/notebooks/lessons.py execute $(NB)

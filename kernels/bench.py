@@ -5,12 +5,14 @@
     steps    a whole training step (forward, backward, AdamW) of 8 blocks, over the plain Transformer's
     memory   bytes that are kept for the backward pass, and peak memory with recomputation
 
-Each stage goes into a file of its own, figures/data/gpu/<device>/<stage>.json, whole, as soon as it is done. What a
+Each stage has a file of its own, figures/data/gpu/<device>/<stage>.json, written whole after each of its rows. What a
 stage's share of --minutes did not suffice for is listed there under "not_measured", most important things first done.
 
 A time is a median of CUDA-event times: inputs drawn anew each time, L2 flushed, the launches queued behind a pause so
-that Python's time is not in it (it is in `steps`). Everything runs under autocast to bfloat16, as in training: states
-in bfloat16, parameters in float32. The compared:
+that Python's time is not in it (it is in `steps`); "python_us" is how long Python took to queue them, and a row where
+it took longer than the longest pause is "late". Everything runs under autocast to bfloat16, as in training: states in
+bfloat16, parameters in float32. The plain model's residual stream is made bfloat16 too, which autocast leaves in
+float32: otherwise its additions and norms would move twice the bytes that a VWN's state does. The compared:
 
     fused              the kernels here
     reference          `vwn_ref.dynamic` and `vwn_ref.ghc`, eager
@@ -32,6 +34,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import gc
 import itertools
 import json
 import multiprocessing
@@ -66,6 +69,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "figures" / "data" / "gpu"
 STAGES = {"rates": 0.05, "ops": 0.5, "steps": 0.35, "memory": 0.1}  # and their shares of the time
 SHAPES = ((2, 3), (4, 8), (8, 64), (4, 16), (1, 4))
 EPS = 1e-6
+LONGEST_PAUSE = 64_000_000  # clock cycles, some 32 milliseconds
 
 
 # --------------------------------------------------------------------------------------------------- the byte model
@@ -130,10 +134,19 @@ class Bench:
     matrix_rate: float | None = None  # FLOPs a second
     deadline: float = float("inf")
     flush: Tensor | None = field(default=None, repr=False)
+    pause: int = 4_000_000  # clock cycles, some two milliseconds, in which Python queues what is timed
+    keep: Callable[[list[dict]], None] = lambda rows: None  # writes the rows that a stage has so far
 
-    @property
-    def late(self) -> bool:
-        return time.monotonic() > self.deadline
+    def why_stop(self) -> str | None:
+        """Why nothing more can be measured in this stage: its time is over, or an error has left the GPU unusable."""
+        if time.monotonic() > self.deadline:
+            return "time"
+        try:
+            if not self.dry:
+                torch.cuda.synchronize()
+        except RuntimeError as error:
+            return f"the GPU failed: {error}"[:200]
+        return None
 
     def autocast(self):
         return contextlib.nullcontext() if self.dry else torch.autocast(self.device.type, torch.bfloat16)
@@ -160,23 +173,32 @@ class Bench:
             run(prepare())
         torch.cuda.synchronize()
         found: list[float] = []
+        python: list[float] = []
         began = time.monotonic()
         while len(found) < 7 or (len(found) < 21 and time.monotonic() - began < 0.4):
             state = prepare()
             self.flush.amax()  # read, not written: what L2 holds then need not be written back
-            torch.cuda._sleep(4_000_000)  # clock cycles, some two milliseconds, in which Python queues what follows
+            torch.cuda._sleep(self.pause)
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
+            queued = time.perf_counter()
             run(state)
             end.record()
+            late = start.query()  # the pause was over before all was queued: the GPU may have waited for Python
+            python.append(1e6 * (time.perf_counter() - queued))
             torch.cuda.synchronize()
+            if late and self.pause < LONGEST_PAUSE:
+                self.pause, found = 2 * self.pause, []
+                continue
             found.append(1e3 * start.elapsed_time(end))
-        return quartiles(found)
+        return quartiles(found) | {"python_us": statistics.median(python)} | ({"late": True} if late else {})
 
     def free(self) -> None:
-        """Give memory back between tasks."""
+        """Give memory back between tasks. What torch.compile has made is freed by the collector alone."""
+        gc.collect()
         if not self.dry:
-            torch.cuda.empty_cache()
+            with contextlib.suppress(RuntimeError):  # after a fault of the GPU, which `why_stop` tells
+                torch.cuda.empty_cache()
 
 
 def quartiles(times: list[float]) -> dict:
@@ -267,7 +289,6 @@ def tasks(dry: bool) -> list[Task]:
         *some("compiled", ["step"], first, D, length),
         *some("package", OPS[:3], [(1, 4)], D, length),
         *some("package compiled", ["step"], [(1, 4)], D, length),
-        *some("max-autotune", ["step"], [(2, 3), (8, 64)], [2048], length),
         *some("fused", ["step"], SHAPES, D, (8_192, 32_768, 65_536)),
         *some("reference", OPS, SHAPES[3:], D, length),
         *some("compiled", parts, first, D, length),
@@ -275,6 +296,7 @@ def tasks(dry: bool) -> list[Task]:
         *some("fused", ("width", "depth", "last"), SHAPES, D, (8_192, 32_768, 65_536)),
         *some("compiled", ["step"], SHAPES[3:], D, length),
         *some("reference", OPS[:3], SHAPES, D, (8_192, 32_768, 65_536)),
+        *some("max-autotune", ["step"], [(2, 3), (8, 64)], [2048], length),  # minutes each, and nothing can end it
     ]
 
 
@@ -449,20 +471,30 @@ def _warm(t: Task) -> None:
     """In a process of its own: compile what a task needs, into the caches on disk that all processes share."""
     bench = Bench(False, torch.device("cuda"))
     small = t._replace(tokens=64) if t.implementation == "fused" else t  # kernels of ours are made for any length
-    with contextlib.suppress(Exception):  # whatever it is, the measurement itself will meet it again and say so
+    with failing_aloud(t):
         function, inputs, _ = work(small, bench)
         with bench.autocast():
             outputs = [y for y in function(*inputs) if y.requires_grad]
         torch.autograd.grad(outputs, inputs, [torch.randn_like(y) for y in outputs])
 
 
-def warm(function: Callable, jobs: Iterable, seconds: float) -> None:
-    """Call `function` for all jobs, in several processes, for no longer than that."""
-    workers = min(8, os.cpu_count() or 1)
-    pool = multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=8)
+@contextlib.contextmanager
+def failing_aloud(job: NamedTuple) -> Iterator[None]:
+    """Print what goes wrong and go on: the measurement itself will meet it again, and keep it."""
     try:
-        with contextlib.suppress(multiprocessing.TimeoutError):
-            pool.map_async(function, list(jobs), chunksize=1).get(timeout=seconds)
+        yield
+    except Exception as error:
+        print(f"not compiled ahead: {job}: {type(error).__name__}: {error}"[:500], flush=True)
+
+
+def warm(function: Callable, jobs: Iterable, seconds: float, most: int = 16) -> None:
+    """Call `function` for all jobs, in several processes, for no longer than that."""
+    jobs = list(jobs)
+    pool = multiprocessing.get_context("spawn").Pool(min(most, os.cpu_count() or 1), maxtasksperchild=8)
+    try:
+        pool.map_async(function, jobs, chunksize=1).get(timeout=seconds)
+    except multiprocessing.TimeoutError:
+        print(f"not all of {len(jobs)} jobs compiled ahead within {seconds:.0f} s", flush=True)
     finally:
         pool.terminate()
         pool.join()
@@ -477,11 +509,15 @@ def ops(bench: Bench) -> dict:
         warm(_warm, [*first, *compiled], 0.4 * (bench.deadline - time.monotonic()))
     rows, missing = [], []
     for t in todo:
-        if bench.late:
-            missing.append(t._asdict() | {"reason": "time"})
+        reason = bench.why_stop()
+        if t.implementation == "max-autotune" and bench.deadline - time.monotonic() < 120:
+            reason = reason or "time"
+        if reason is not None:
+            missing.append(t._asdict() | {"reason": reason})
         else:
             rows += run_task(t, bench)
             show(rows[-2:])
+            bench.keep(rows)
     return {"rows": rows, "not_measured": missing}
 
 
@@ -512,6 +548,14 @@ def config(t: Model) -> VWNConfig:
     )  # fmt: skip
 
 
+def on_device(t: Model, bench: Bench) -> nn.Module:
+    """The model, with a state or residual stream of `bench.dtype` from the embedding on."""
+    with bench.device:
+        model = VWNTransformer(config(t))
+    model.embedding.register_forward_hook(lambda module, inputs, output: output.to(bench.dtype))
+    return model
+
+
 def build(t: Model, bench: Bench) -> nn.Module:
     """The model, every sublayer compiled; where the connection is plain or "compiled", together with it.
 
@@ -519,8 +563,7 @@ def build(t: Model, bench: Bench) -> nn.Module:
     """
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    with bench.device:
-        model = VWNTransformer(config(t))
+    model = on_device(t, bench)
     options = {"dynamic": False} | ({"backend": "eager"} if bench.dry else {})
     for module in model.connections if t.way in ("plain", "compiled") else [x.body for x in model.sublayers]:
         module.compile(**options)
@@ -633,7 +676,7 @@ def run_model(t: Model, bench: Bench) -> dict:
 def _warm_model(t: Model) -> None:
     """As `_warm`, for the graphs of a model, of which one block has all."""
     bench = Bench(False, torch.device("cuda"))
-    with contextlib.suppress(Exception):
+    with failing_aloud(t):
         small = t._replace(layers=1)
         draw, step = train_step(build(small, bench), small, bench)
         step(draw())
@@ -642,16 +685,26 @@ def _warm_model(t: Model) -> None:
 def steps(bench: Bench) -> dict:
     """Whole training steps, and their ratios to the plain model's."""
     todo = models(bench)
+    bench.flush = None  # it would be in every peak
     if not bench.dry:
-        distinct = dict.fromkeys(t for t in todo if t.way != "reference")
-        warm(_warm_model, distinct, 0.4 * (bench.deadline - time.monotonic()))
+        # by our kernels, which `ops` has compiled, the sublayers' graphs are those of any (m, n)
+        distinct = {(t.way, t.D, (t.m, t.n) if t.way == "compiled" else None): t for t in todo if t.way != "reference"}
+        warm(_warm_model, distinct.values(), 0.4 * (bench.deadline - time.monotonic()), most=4)
     rows, missing = [], []
     for t in todo:
-        if bench.late:
-            missing.append(t._asdict() | {"reason": "time"})
+        reason = bench.why_stop()
+        if reason is not None:
+            missing.append(t._asdict() | {"reason": reason})
         else:
             rows.append(run_model(t, bench))
             show(rows[-1:])
+            add_ratios(rows, bench)
+            bench.keep(rows)
+    return {"rows": rows, "not_measured": missing}
+
+
+def add_ratios(rows: list[dict], bench: Bench) -> None:
+    """Each VWN's time and peak over those of the plain model of its width, as far as that has been measured."""
     for row in rows:
         if row["m"] is None:
             continue
@@ -664,7 +717,6 @@ def steps(bench: Bench) -> dict:
             "predicted_step_ratio": predicted_ratio(t, time_of, bench),
             "flops_ratio": ratio_to_plain(config(t), t.seq_len).flops,
         }
-    return {"rows": rows, "not_measured": missing}
 
 
 def _mean(values: list) -> float | None:
@@ -689,9 +741,9 @@ def checkpointed_loss(model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def kept_bytes(t: Model, recompute: bool, bench: Bench) -> dict:
-    """Memory between forward and backward pass, less what was there before, and the most during both."""
-    with bench.device:
-        model = VWNTransformer(config(t))
+    """Memory between forward and backward pass, less what was there before, and the most during both. Nothing is
+    compiled: what eager PyTorch keeps of a sublayer is the same in all models."""
+    model = on_device(t, bench)
     tokens = torch.randint(model.cfg.vocab_size, (t.batch, t.seq_len + 1), device=bench.device)
 
     def loss() -> Tensor:
@@ -725,11 +777,13 @@ def memory(bench: Bench) -> dict:
         shapes, ways = [(2, 3)], ("reference",)  # the interpreter takes seconds, and `steps` has been through it
     plain = Model("plain", None, None, D, layers, batch, seq_len)
     todo = [plain, *(Model(way, *shape, *plain[3:]) for way in ways for shape in shapes)]
+    bench.flush = None  # it would be in every peak
     rows, missing, per_token = [], [], {}
     for t, recompute in itertools.product(todo, (False, True)):
         key = t._asdict() | {"recompute": recompute}
-        if bench.late:
-            missing.append(key | {"reason": "time"})
+        reason = bench.why_stop()
+        if reason is not None:
+            missing.append(key | {"reason": reason})
             continue
 
         def measure(t=t, recompute=recompute) -> dict:
@@ -752,6 +806,7 @@ def memory(bench: Bench) -> dict:
             }
         rows.append(row)
         show([row])
+        bench.keep(rows)
     return {"rows": rows, "not_measured": missing}
 
 
@@ -843,9 +898,14 @@ def main(arguments: list[str] | None = None) -> Path:
         end += per_share * STAGES[stage]  # what a stage leaves over is the next one's
         bench.deadline = end
         began = time.monotonic()
+
+        def write(found: dict, stage: str = stage, began: float = began) -> None:
+            took = {"stage": stage, "seconds": None if bench.dry else round(time.monotonic() - began, 1)}
+            write_text(folder / f"{stage}.json", json.dumps(facts | took | found, indent=1) + "\n")
+
+        bench.keep = lambda rows, write=write: write({"rows": rows, "not_measured": ["the stage was cut short here"]})
         found = globals()[stage](bench)
-        took = {"seconds": None if bench.dry else round(time.monotonic() - began, 1)}
-        write_text(folder / f"{stage}.json", json.dumps(facts | {"stage": stage} | took | found, indent=1) + "\n")
+        write(found)
         print(f"{folder / f'{stage}.json'}: {len(found['rows'])} rows, {len(found['not_measured'])} not measured")
     return folder
 

@@ -16,10 +16,11 @@ PACKAGE = Path(__file__).resolve().parents[1] / "vwn_ref"
 # Every annotated function of vwn_ref checks the shapes and types of its arguments and results while under test.
 # Module by module, because `--jaxtyping-packages=vwn_ref` would take vwn_ref.kernels as well: there the hook wraps what
 # stands under @triton.jit, and Triton then looks up the kernel's globals in jaxtyping.
-jaxtyping.install_import_hook(
-    [f"vwn_ref.{file.stem}" for file in PACKAGE.glob("*.py") if file.stem != "__init__"] + ["vwn_ref.experiments"],
-    "beartype.beartype",
-)
+if importlib.util.find_spec("beartype") is not None:  # a GPU machine that one may not install on can lack it
+    jaxtyping.install_import_hook(
+        [f"vwn_ref.{file.stem}" for file in PACKAGE.glob("*.py") if file.stem != "__init__"] + ["vwn_ref.experiments"],
+        "beartype.beartype",
+    )
 
 import torch  # noqa: E402 -- after OMP_NUM_THREADS
 

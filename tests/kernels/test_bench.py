@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -158,6 +160,94 @@ def test_one_failure_does_not_end_the_rest():
 
     assert bench.attempt({"op": "step"}, fails) == {"op": "step", "error": "RuntimeError: no"}
     assert bench.attempt({"op": "step"}, lambda: {"median_us": 1.0}) == {"op": "step", "median_us": 1.0}
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A GPU whose events say 5 µs each, and which has waited for Python wherever the pause is below `enough`."""
+    pauses, enough = [], [0]
+
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self):
+            pass
+
+        def query(self):
+            return pauses[-1] < enough[0]
+
+        def elapsed_time(self, other):
+            return 0.005
+
+    properties = SimpleNamespace(L2_cache_size=4)
+    for name, value in (
+        ("Event", Event), ("_sleep", pauses.append), ("synchronize", lambda: None),
+        ("get_device_properties", lambda device: properties),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    return pauses, enough
+
+
+def test_the_pause_grows_until_python_is_ahead(clock):
+    pauses, enough = clock
+    made = bench.Bench(False, torch.device("cpu"))
+    enough[0] = 3 * made.pause
+    found = made.times(lambda: None, lambda state: None)
+    assert found["median_us"] == 5.0 and found["repeats"] >= 7 and "late" not in found and found["python_us"] >= 0
+    assert pauses[:3] == [4_000_000, 8_000_000, 16_000_000] and set(pauses[2:]) == {16_000_000}
+    enough[0] = 10**12  # never
+    late = made.times(lambda: None, lambda state: None)
+    assert late["late"] and late["repeats"] >= 7 and max(pauses) == bench.LONGEST_PAUSE
+
+
+def test_a_stage_stops_when_its_time_is_over_or_the_gpu_has_failed(clock, monkeypatch):
+    made = bench.Bench(False, torch.device("cpu"))
+    assert made.why_stop() is None
+    monkeypatch.setattr(made, "deadline", 0.0)
+    assert made.why_stop() == "time"
+
+    def fails():
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", fails)
+    monkeypatch.setattr(made, "deadline", float("inf"))
+    assert made.why_stop() == "the GPU failed: an illegal memory access was encountered"
+    monkeypatch.setattr(torch.cuda, "empty_cache", fails)
+    made.free()
+
+
+def test_what_a_stage_has_is_kept_as_it_goes(tmp_path, monkeypatch):
+    """A stage that dies leaves its rows."""
+    seen = []
+
+    def stage(made):
+        made.keep([{"op": "one"}])
+        seen.append(json.loads((tmp_path / "dry-run" / "ops.json").read_text()))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "ops", stage)
+    monkeypatch.setattr(bench.fused, "INTERPRETED", True)
+    with pytest.raises(KeyboardInterrupt):
+        bench.main(["--dry-run", "--stages", "ops", "--out", str(tmp_path), "--commit", "a name"])
+    assert seen[0]["rows"] == [{"op": "one"}] and seen[0]["commit"] == "a name" and seen[0]["stage"] == "ops"
+    assert seen[0]["not_measured"] == ["the stage was cut short here"]
+
+
+def test_models_have_one_state_type_and_give_their_memory_back():
+    """The plain model's stream too; parameters of compiled modules lie in cycles."""
+    made = bench.Bench(True, torch.device("cpu"))
+    plain, *vwns = bench.models(made)
+    for t in (plain, vwns[0]):
+        model = bench.on_device(t, SimpleNamespace(device=torch.device("cpu"), dtype=torch.bfloat16))
+        assert model.embedding(torch.zeros(1, 2, dtype=torch.long)).dtype == torch.bfloat16
+    model = bench.build(plain, made)
+    weight = weakref.ref(next(model.parameters()))
+    cycle = [model]
+    cycle.append(cycle)
+    del model, cycle
+    made.free()
+    assert weight() is None
 
 
 def test_recomputing_changes_no_gradient():

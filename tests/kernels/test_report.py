@@ -31,8 +31,9 @@ def device(tmp_path):
         ops += [op("fused", "step", (2, 3), D, x, us) for x in ("forward", "backward")]
         ops += [op("compiled", "step", (2, 3), D, x, 2.5 * us) for x in ("forward", "backward")]
     steps = [{"way": "fused", "m": 2, "n": 3, "D": 4096, "step_ratio": 1.0312, "flops_ratio": 1.01, "peak_ratio": 1.2}]
-    memory = [{"m": 2, "n": 3, "recompute": True, "peak_ratio": x} for x in (1.05, 1.12)]
-    memory += [{"m": 2, "n": 3, "recompute": False, "peak_ratio": 1.9}]
+    memory = [{"way": "fused", "m": 2, "n": 3, "recompute": True, "peak_ratio": x} for x in (1.05, 1.12)]
+    memory += [{"way": "fused", "m": 2, "n": 3, "recompute": False, "peak_ratio": 1.9}]
+    memory += [{"way": "reference", "m": 2, "n": 3, "recompute": True, "peak_ratio": 1.8}]
     folder = tmp_path / "gpu" / "some-gpu"
     folder.mkdir(parents=True)
     for stage, rows in {"ops": ops, "steps": steps, "memory": memory}.items():

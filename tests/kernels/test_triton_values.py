@@ -69,8 +69,8 @@ class Reference:
 
 
 def random(*shape, seed=0, scale=1.0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).mul(scale).to(DEVICE)
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64, device=DEVICE).mul(scale)
 
 
 def two_sublayers(ops, m, n, d, lead, dtype, *, static=False, groups=True) -> dict[str, torch.Tensor]:
