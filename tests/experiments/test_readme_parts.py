@@ -69,7 +69,7 @@ def test_slopes_prices_and_differences(data):
     assert f"2 seeds), each doubling of r from 1 to 8 changes the next-token loss by {wide} nats on average" in text
     assert "times plain's parameters and 3.5 times its arithmetic" in text
     assert "by these factors: 3.36× (3.36 to 3.36) and 3.36× (3.36 to 3.36) at D = 16." in text  # 2 ** 1.75
-    assert "first: +0.000 ± 0.000 and +0.000 ± 0.000) nor" in text and "billion active parameters)." in text
+    assert "a line: +0.000 ± 0.000 and +0.000 ± 0.000) and no" in text and "billion active parameters)." in text
     assert f"| next token | wide table (2) | {wide} | {wide} | +0.000 ± 0.000 | −1.750 ± 0.000 |" in lines
     assert f"| next-2 token | low-rank table (3) | {low} | {low} | – | – |" in lines  # no r8-lowrank
     assert "| plain | 2 | 1.00× | 1.00× | 1.0× | 4.250 | 5.250 |" in lines

@@ -199,11 +199,11 @@ def two_sentences(data: Path, runs: Runs) -> str:
     rival = [contrast(runs_in(data / "a"), minus("r4", "plain-d24"), loss) for loss in LOSSES]
     if all(rival):
         others.append(
-            f"r = 4 minus a plain model 1.5 times as wide, which costs less, is {' and '.join(map(cell, rival))}"
+            f"r = 4 minus a plain model 1.5 times as wide, which costs less in all, is {' and '.join(map(cell, rival))}"
         )
     second = (
-        f"That is neither a scaling law (last doubling minus first: "
-        f"{' and '.join(cell(contrast(runs, bend, loss)) for loss in LOSSES)}) nor a measurement of the paper's slope "
+        f"That is no scaling law (the last doubling minus the first, 0 for a line: "
+        f"{' and '.join(cell(contrast(runs, bend, loss)) for loss in LOSSES)}) and no measurement of the paper's slope "
         f"({paper.FIG_8_SLOPE.printed.replace('-', '−')} at 0.8 billion active parameters)"
         f"{': ' if others else ''}{', and '.join(others)}."
     )
