@@ -134,6 +134,14 @@ ANSWERS = {
     ("e_parts", "plain with more blocks − plain"): {f"{x} blocks": minus(f"plain-l{x}", "plain") for x in (6, 10, 14)},
     ("e_bytes", "single bytes: r = 4 − plain"): tables_of_r4(""),
     ("e_bytes", "single bytes: r = 4, static − plain"): tables_of_r4("-static"),
+    ("e_bytes", "single bytes: the wide table: r = 4 − r = 4, low-rank table"): {
+        "dynamic": minus("r4", "r4-lowrank"),
+        "static": minus("r4-static", "r4-static-lowrank"),
+    },
+    ("e_bytes", "single bytes: dynamic − static"): {
+        "wide table": minus("r4", "r4-static"),
+        "low-rank table": minus("r4-lowrank", "r4-static-lowrank"),
+    },
     ("f_depth", "24 sublayers, r = 2: VWN − plain"): {f"m = {m}": minus(f"m{m}", "plain") for m in (1, 2, 4, 8)},
     ("f_depth", "the same at a quarter of the learning rate"): {
         f"m = {m}": minus(f"m{m}-lr0.005", "plain-lr0.005") for m in (1, 8)
