@@ -27,15 +27,17 @@ ALONE, SANITIZER = "2_to_the_31", "sanitizer"
 PARTS = {"values": f"not {ALONE} and not {SANITIZER}", "alone": ALONE, "sanitizer": SANITIZER}
 
 
-def overlay(folder: Path) -> Path:
-    """A folder for PYTHONPATH in which vwn_ref is as an installation makes it, with kernels/ as vwn_ref.kernels."""
+def overlay(folder: Path) -> dict[str, str]:
+    """What the environment needs for a vwn_ref as an installation makes it, with kernels/ as vwn_ref.kernels: a folder
+    of links, and that the current one does not come before it."""
     package = folder / "vwn_ref"
     package.mkdir()
     for path in (ROOT / "vwn_ref").iterdir():
         (package / path.name).symlink_to(path)
     if not (package / "kernels").exists():
         (package / "kernels").symlink_to(ROOT / "kernels")
-    return folder
+    places = [str(folder), os.environ.get("PYTHONPATH", "")]
+    return {"PYTHONPATH": os.pathsep.join(filter(None, places)), "PYTHONSAFEPATH": "1"}
 
 
 def outcome(junit: Path) -> dict:
@@ -85,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as name:
         env = dict(os.environ)
         if importlib.util.find_spec("vwn_ref") is None or importlib.util.find_spec("vwn_ref.kernels") is None:
-            env["PYTHONPATH"] = os.pathsep.join([str(overlay(Path(name))), os.environ.get("PYTHONPATH", "")])
+            env |= overlay(Path(name))
         has_workers = importlib.util.find_spec("xdist") is not None
         workers = (asked.workers or min(6, os.cpu_count() or 1)) if has_workers else 1
         found = tests(env, workers, Path(name))

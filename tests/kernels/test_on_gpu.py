@@ -68,8 +68,8 @@ def test_every_test_is_in_one_part():
 
 def test_the_package_need_not_be_installed(tmp_path):
     code = "import vwn_ref, vwn_ref.kernels.tiles as t; print(vwn_ref.__file__); print(t.__file__)"
-    env = os.environ | {"PYTHONPATH": str(on_gpu.overlay(tmp_path))}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=tmp_path)
+    env = os.environ | on_gpu.overlay(tmp_path)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=on_gpu.ROOT)
     assert done.stdout.split() == [str(tmp_path / "vwn_ref" / x) for x in ("__init__.py", "kernels/tiles.py")], done
 
 
