@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import tyro
 
 from vwn_ref.experiments.readme import PARTS, rewritten
 
@@ -32,6 +33,25 @@ def test_commands_parse():
     assert len(lines) >= 4
     for line in lines:
         assert parse(line.split()).steps > 0
+
+
+COMMANDS = {
+    "compare": "CompareConfig", "downstream": "DownstreamArguments", "parts": "PartsConfig",
+    "scaling": "ScalingConfig", "step_times": "StepTimesConfig", "sweep": "SweepArguments",
+    "windows": "WindowsConfig",
+}  # fmt: skip
+
+
+def test_other_commands_parse():
+    """So are those of the other programs, and the files and kept folders that they name are there."""
+    found = re.findall(r"-m vwn_ref\.experiments\.(\w+) ([^#\n;`|]+)", TEXT + FIGURES)
+    found = [(name, arguments.split()) for name, arguments in found if name in COMMANDS]
+    assert {name for name, _ in found} == set(COMMANDS)
+    for name, arguments in found:
+        module = importlib.import_module(f"vwn_ref.experiments.{name}")
+        assert tyro.cli(getattr(module, COMMANDS[name]), args=arguments) is not None
+        for path in arguments:
+            assert not path.startswith(("figures/", "vwn_ref/")) or (ROOT / path).exists(), path
 
 
 @pytest.mark.parametrize("page", ["README.md", "notebooks/paper_notes.md", "figures/README.md"])
