@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import weakref
 from types import SimpleNamespace
 
@@ -232,6 +233,38 @@ def test_what_a_stage_has_is_kept_as_it_goes(tmp_path, monkeypatch):
         bench.main(["--dry-run", "--stages", "ops", "--out", str(tmp_path), "--commit", "a name"])
     assert seen[0]["rows"] == [{"op": "one"}] and seen[0]["commit"] == "a name" and seen[0]["stage"] == "ops"
     assert seen[0]["not_measured"] == ["the stage was cut short here"]
+
+
+def test_ops_keeps_its_rows_and_lists_what_is_left(monkeypatch):
+    """A minute is too little for max-autotune, and is over after the third task."""
+    made, kept = bench.Bench(True, torch.device("cpu"), deadline=time.monotonic() + 60), []
+    made.keep = lambda rows: kept.append([row["task"] for row in rows])
+
+    def run_task(t, made):
+        made.deadline = 0.0 if t.implementation == "package" else made.deadline
+        return [{"task": t.implementation}]
+
+    names = ("fused", "max-autotune", "package", "reference")
+    monkeypatch.setattr(bench, "tasks", lambda dry: [bench.Task(name, "step", 1, 4, 8, 3) for name in names])
+    monkeypatch.setattr(bench, "run_task", run_task)
+    found = bench.ops(made)
+    assert kept == [["fused"], ["fused", "package"]] and [row["task"] for row in found["rows"]] == kept[-1]
+    assert [(row["implementation"], row["reason"]) for row in found["not_measured"]] == [
+        ("max-autotune", "time"),
+        ("reference", "time"),
+    ]
+
+
+def test_steps_keep_their_ratios_as_they_go(monkeypatch):
+    """To the plain models of one width that there are so far: 100 µs, later 100 and 140."""
+    made, kept = bench.Bench(True, torch.device("cpu")), []
+    made.keep = lambda rows: kept.append([row.get("step_ratio") for row in rows])
+    plain = bench.Model("plain", None, None, 16, 2, 1, 4)
+    times = {0: 100.0, 1: 150.0, 2: 140.0}
+    monkeypatch.setattr(bench, "models", lambda made: [plain, plain._replace(way="fused", m=2, n=3), plain])
+    monkeypatch.setattr(bench, "run_model", lambda t, made: t._asdict() | {"median_us": times[len(kept)]})
+    rows = bench.steps(made)["rows"]
+    assert kept == [[None], [None, 1.5], [None, 1.25, None]] and rows[1]["step_ratio"] == 1.25
 
 
 def test_models_have_one_state_type_and_give_their_memory_back():

@@ -150,6 +150,9 @@ ANSWERS = {
 }
 """(study, what) -> label -> weights of the variants: the differences of final losses that the tables show."""
 
+HELD_OUT = {f"r = {r}": minus(f"r{r}", "plain") for r in (2, 4, 8)}
+"""Likewise of study G, whose loss is not of a run but of what `downstream` measured of it."""
+
 
 def plus_minus(estimate: Estimate, digits: int = 3) -> str:
     """−0.080 ± 0.030, without a line break inside; without ± for one seed."""
@@ -201,9 +204,9 @@ def two_sentences(data: Path, runs: Runs) -> str:
     )
     others = []
     wider = runs_in(data / "b_d64")
-    if all(slope(wider, WHOLE, loss) for loss in LOSSES):
-        there = " and ".join(cell(slope(wider, WHOLE, loss)) for loss in LOSSES)
-        others.append(f"at D = 64 the slopes are {there}")
+    there = [slope(wider, WHOLE, loss) for loss in LOSSES]
+    if all(there):
+        others.append(f"at D = 64 the slopes are {' and '.join(map(cell, there))}")
     rival = [contrast(runs_in(data / "a"), minus("r4", "plain-d24"), loss) for loss in LOSSES]
     if all(rival):
         others.append(
@@ -337,8 +340,8 @@ def answers(data: Path) -> str:
                 measured = all(measures(run, loss) for variant in weights for run in there.get(variant, ()))
                 found[folders[name], loss, *weights] = contrast(there, weights, loss) if measured else None
     evaluated = evaluated_in(data / "a")
-    for r in (2, 4, 8):
-        found["g", "val_next", f"r{r}", "plain"] = contrast(evaluated, minus(f"r{r}", "plain"), "heldout.loss")
+    for weights in HELD_OUT.values():
+        found["g", "val_next", *weights] = contrast(evaluated, weights, "heldout.loss")
     looks = {key: one for key, one in found.items() if one is not None and len(one.by_seed) > 1}
     apart = {key for key, one in looks.items() if one.estimate.told_apart}
     stars = {key for key, holds in zip(looks, holm([one.p for one in looks.values()]), strict=True) if holds}
@@ -349,8 +352,7 @@ def answers(data: Path) -> str:
 
     lines = ["| study | difference | | seeds | next token | next-2 token |", "|---|---|---|---|---|---|"]
     absent = []
-    held_out = {f"r = {r}": minus(f"r{r}", "plain") for r in (2, 4, 8)}
-    for (name, what), contrasts in (ANSWERS | {("g", "text of another source: r − plain"): held_out}).items():
+    for (name, what), contrasts in (ANSWERS | {("g", "text of another source: r − plain"): HELD_OUT}).items():
         letter = QUESTIONS[name][0] if name in QUESTIONS else "G"
         rows = {
             label: [(folders.get(name, name), loss, *weights) for loss in LOSSES]
