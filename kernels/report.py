@@ -229,10 +229,9 @@ def limit(compiled: list[dict], op: str, direction: str, m: int, n: int, D: int)
     from vwn_ref.kernels.bench import minimal_bytes
 
     wanted = {"m": m, "n": n, "D": D, "dtype": "bf16", "target": "sm_90", "dynamic": True, "norm": True}
-    whole = op if direction == "forward" else f"{op}_backward"
-    names = [whole] if find(compiled, kernel=whole, **wanted) else ["width_backward", "depth_backward"]
-    if len(names) > 1 and (direction, op) != ("backward", "step"):
-        return None
+    names = [op if direction == "forward" else f"{op}_backward"]
+    if names == ["step_backward"] and not find(compiled, kernel="step_backward", **wanted):
+        names = ["width_backward", "depth_backward"]
     counts = [find(compiled, kernel=name, **wanted).get("instructions") for name in names]
     if None in counts:
         return None

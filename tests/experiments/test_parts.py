@@ -237,6 +237,8 @@ def test_by_backbone(tmp_path):
     (low, high) = bar.get_segments()[0][:, 1]
     assert high - low == pytest.approx(2 * half)
     assert not first.containers[1][2]  # one seed has no bar
+    looks = [(b[0].get_color(), b[0].get_marker()) for b in first.containers]  # r = 4, 4, 8
+    assert looks[0] == looks[1] and looks[2][0] == looks[0][0] and looks[2][1] != looks[0][1]
     names = [label.get_text().split(", ")[0] for label in first.get_xticklabels()]
     assert names == ["D = 4", "D = 8"] and len(second.get_xticklabels()) == 1
 

@@ -116,7 +116,10 @@ def test_limits_of_a_step_backward():
         assert found.starting == pytest.approx(count * 64 / 67e3)
         assert found.moving == pytest.approx((3 * 4 + 3 * 2) * 1024 / 3350)
     assert report.limit(two[:1], "step", "backward", 2, 4, 1024) is None
-    assert report.limit(two[:1], "depth", "backward", 2, 4, 1024) is None
+    for op, direction in (("depth", "backward"), ("last", "backward"), ("step", "forward")):
+        assert report.limit([two[0], row("depth_backward", 2000, D=2048)], op, direction, 2, 4, 1024) is None
+    assert report.limit(two, "last", "backward", 2, 4, 1024) is None
+    assert report.limit(two, "step", "forward", 2, 4, 1024) is None
 
 
 def test_limits_stand_beside_their_targets():
