@@ -37,10 +37,20 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
-from vwn_ref.kernels import fused
+from triton.runtime.jit import ConstexprFunction, JITFunction
+from vwn_ref.kernels import launch
 from vwn_ref.kernels.depth import depth_backward_kernel, depth_kernel
+from vwn_ref.kernels.few import (
+    few_depth_backward_kernel,
+    few_depth_kernel,
+    few_step_backward_kernel,
+    few_step_kernel,
+    few_width_backward_kernel,
+    few_width_kernel,
+)
+from vwn_ref.kernels.finish import coefficients_gradient_kernel, projections_gradient_kernel
 from vwn_ref.kernels.last import last_backward_kernel, last_kernel
+from vwn_ref.kernels.projections import projections_kernel
 from vwn_ref.kernels.step import step_backward_kernel, step_kernel
 from vwn_ref.kernels.weights import weights_kernel
 from vwn_ref.kernels.width import width_backward_kernel, width_kernel
@@ -49,9 +59,18 @@ KERNELS = {
     kernel.fn.__name__.removesuffix("_kernel"): kernel
     for kernel in (
         width_kernel, width_backward_kernel, depth_kernel, depth_backward_kernel, step_kernel, step_backward_kernel,
-        last_kernel, last_backward_kernel, weights_kernel,
+        last_kernel, last_backward_kernel, weights_kernel, projections_kernel, coefficients_gradient_kernel,
+        projections_gradient_kernel,
     )
 }  # fmt: skip
+FEW = {  # what is launched in their place where a token's rows fit the registers
+    kernel.fn.__name__.removeprefix("few_").removesuffix("_kernel"): kernel
+    for kernel in (
+        few_width_kernel, few_width_backward_kernel, few_depth_kernel, few_depth_backward_kernel, few_step_kernel,
+        few_step_backward_kernel,
+    )
+}  # fmt: skip
+ONCE = ("projections", "coefficients_gradient", "projections_gradient")  # a launch, whatever the number of tokens
 TARGETS = {  # name -> target, bytes of shared memory that one program may have
     "sm_90": (GPUTarget("cuda", 90, 32), 232_448),
     "sm_80": (GPUTarget("cuda", 80, 32), 166_912),
@@ -65,7 +84,12 @@ NO_SPILLS = "sm_90"  # the target that tile sizes are chosen for
 # Pointers to states and to what is as wide as a state; the others are float32.
 STATES = {"H", "X", "Z", "OUT", "Y", "G", "G_H", "G_Z", "G_X", "G_Y", "G_OUT", "G_add"}
 # Arguments that are numbers; the rest are pointers, aligned as an allocator aligns them.
-NUMBERS = {"T": "i32", "rows": "i32", "eps": "fp32", "next_eps": "fp32", "norm_eps": "fp32"}
+NUMBERS = {
+    **dict.fromkeys(("T", "rows", "stride", "P", "S"), "i32"),
+    "eps": "fp32",
+    "next_eps": "fp32",
+    "norm_eps": "fp32",
+}
 
 
 class Job(NamedTuple):
@@ -92,10 +116,13 @@ def matrix(
             for dtype in dtypes:
                 for m, n in shapes:
                     for kernel in kernels:
-                        if kernel == "step_backward" and not fused.fuses_step_backward(n, int(dtype[2:])):
+                        fuses = launch.fuses_step_backward(m, n, dim // m, int(dtype[2:]))
+                        if kernel == "step_backward" and not fuses:
                             continue  # two kernels do it, both in the list
-                        if kernel == "weights" and not dynamic:
+                        if kernel in ("weights", "projections", "projections_gradient") and not dynamic:
                             continue  # a static GHC has no projections
+                        if kernel in ONCE and (dim, dtype) != (1024, "bf16"):
+                            continue  # D and the type of the state change little in them
                         yield Job(kernel, m, n, dim, dtype, target, dynamic, norm)
 
 
@@ -117,11 +144,17 @@ def covering() -> list[Job]:
         Job("step", 2, 3, 1024, "bf16", "sm_90"),
         Job("step_backward", 2, 3, 1024, "bf16", "sm_90", dynamic=False),
         Job("weights", 2, 3, 1024, "bf16", "sm_90"),
+        *(Job(kernel, 2, 3, 1024, "bf16", "sm_90") for kernel in ONCE),
+        Job("depth_backward", 2, 3, 1024, "bf16", "gfx942"),
+        Job("step", 4, 8, 1024, "bf16", "sm_90", dynamic=False),
+        Job("step_backward", 4, 8, 1024, "bf16", "sm_90", dynamic=False),
+        Job("width_backward", 4, 8, 1024, "bf16", "sm_90", dynamic=False),
+        Job("width", 4, 8, 1024, "bf16", "sm_100", dynamic=False),
         Job("depth_backward", 8, 64, 1024, "bf16", "sm_80", dynamic=False),
         Job("width", 2, 3, 1024, "bf16", "sm_100"),
         Job("last", 2, 3, 1024, "bf16", "sm_80", dynamic=False),
         Job("width_backward", 2, 3, 1024, "bf16", "sm_90", dynamic=False),
-        Job("depth", 2, 3, 1024, "bf16", "gfx942", dynamic=False),
+        Job("depth", 4, 8, 1024, "bf16", "gfx942", dynamic=False),
         Job("last_backward", 2, 3, 1024, "bf16", "gfx942", dynamic=False),
     ]
 
@@ -139,19 +172,27 @@ class Build(NamedTuple):
 
 
 def build(job: Job) -> Build:
-    """The arguments of a compilation as `vwn_ref.kernels.fused` would have them at a launch."""
-    kernel, gpu, dtype, d = KERNELS[job.kernel], TARGETS[job.target][0], TYPES[job.dtype], job.D // job.m
+    """The arguments of a compilation as `vwn_ref.kernels.launch` would have them."""
+    gpu, dtype, d = TARGETS[job.target][0], TYPES[job.dtype], job.D // job.m
+    whole = launch.whole_rows(job.m, job.n, d, 8 * dtype.itemsize)
+    kernel = FEW[job.kernel] if whole and job.kernel in FEW else KERNELS[job.kernel]
     if job.kernel == "weights":  # K = n + m columns, those of depth; width has m
-        constants = fused.weight_sizes(job.m, job.n, d, job.m + job.n, dtype)
+        constants = launch.weight_sizes(job.m, job.n, d, job.m + job.n, dtype)
+    elif job.kernel == "projections":  # those of a step
+        constants = {"M": job.m, "N": job.n, "D": d, "DEPTH": True, "WIDTH": True, **launch.PROJECTIONS}
+    elif job.kernel in ONCE:
+        constants = {"M": job.m, "N": job.n, "D": d, "DEPTH": True, "DYNAMIC": job.dynamic}
+        constants |= launch.finish_sizes(job.m, job.n)
     else:
-        constants = fused.sizes(f"{job.kernel}_kernel", job.m, job.n, d, dtype)
+        constants = launch.sizes(kernel.fn.__name__, job.m, job.n, d, dtype)
         constants |= {"DYNAMIC": job.dynamic, "NORM": job.norm, "ADD": True}
     if gpu.backend == "hip":
         constants["PREC"] = "ieee"
     options = {k: constants.pop(k) for k in ("num_warps", "num_stages") if k in constants}
     constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
+    states = STATES | ({"E", "next_E"} if launch.e_dtype(job.m, job.n, dtype) == dtype else set())
     signature = {
-        a: "constexpr" if a in constants else NUMBERS.get(a) or (f"*{job.dtype}" if a in STATES else "*fp32")
+        a: "constexpr" if a in constants else NUMBERS.get(a) or (f"*{job.dtype}" if a in states else "*fp32")
         for a in kernel.arg_names
     }
     source = ASTSource(
@@ -163,7 +204,7 @@ def build(job: Job) -> Build:
     return Build(source, gpu, options, constants)
 
 
-def code(kernel: JITFunction, seen: set[str] | None = None) -> list[str]:
+def code(kernel: JITFunction | ConstexprFunction, seen: set[str] | None = None) -> list[str]:
     """A kernel and all that it calls, without comments, docstrings and line numbers."""
     seen = set() if seen is None else seen
     if kernel.fn.__name__ in seen:
@@ -172,7 +213,8 @@ def code(kernel: JITFunction, seen: set[str] | None = None) -> list[str]:
     function = ast.parse(kernel.src).body[0]
     function.body = [x for x in function.body if not (isinstance(x, ast.Expr) and isinstance(x.value, ast.Constant))]
     called = (kernel.fn.__globals__.get(name) for name in kernel.fn.__code__.co_names)
-    return [ast.dump(function)] + [t for other in called if isinstance(other, JITFunction) for t in code(other, seen)]
+    ours = (JITFunction, ConstexprFunction)
+    return [ast.dump(function)] + [t for other in called if isinstance(other, ours) for t in code(other, seen)]
 
 
 def digest(job: Job) -> str:
@@ -194,11 +236,15 @@ def compile_one(job: Job) -> dict:
     row["shared"] = compiled.metadata.shared
     if gpu.backend == "hip":
         return row | amd_resources(compiled.asm["amdgcn"])
-    cubin, chunks = compiled.asm["cubin"], -(-constants["D"] // constants["BD"])
-    tokens = Fraction(constants["BR"], job.n * chunks) if job.kernel == "weights" else constants["BT"]
+    cubin = compiled.asm["cubin"]
+    row |= resources(cuobjdump(cubin, "--dump-resource-usage"))
+    if job.kernel in ONCE:
+        return row
+    chunks = -(-constants["D"] // constants["BD"])
+    tokens = Fraction(constants["BR"], job.n * chunks) if job.kernel == "weights" else constants.get("BT", 1)
     pieces = -(-job.n // 16) if job.n > 16 else 1
-    issued = options["num_warps"] * instructions(cuobjdump(cubin, "-sass"), chunks, job.kernel, pieces)
-    return row | resources(cuobjdump(cubin, "--dump-resource-usage")) | {"instructions": round(issued / tokens)}
+    issued = options["num_warps"] * instructions(cuobjdump(cubin, "-sass"), chunks, source.fn.fn.__name__, pieces)
+    return row | {"instructions": round(issued / tokens)}
 
 
 def cuobjdump(cubin: bytes, option: str) -> str:
@@ -213,10 +259,10 @@ def cuobjdump(cubin: bytes, option: str) -> str:
 def instructions(sass: str, chunks: int, kernel: str, pieces: int = 1) -> int:
     """Instructions that a warp issues for one block of tokens, counted in the disassembly.
 
-    A backward branch is a loop. In backward kernels and in `weights` the outermost one takes a block of tokens (or a
-    stretch of rows) a turn: one turn is counted, and what stands around it is not, as there are many turns. Every
-    other loop walks along d_b, in `chunks` turns; one inside such a walk takes the slots in `pieces`. Branches that
-    skip something are taken to skip nothing.
+    A backward branch is a loop. In backward kernels, in those of few.py and in `weights` the outermost one takes a
+    block of tokens (or a stretch of rows) a turn: one turn is counted, and what stands around it is not, as there are
+    many turns. Every other loop walks along d_b, in `chunks` turns; one inside such a walk takes the slots in `pieces`.
+    Branches that skip something are taken to skip nothing.
     """
     places = {int(address, 16): text for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/ +([^;]+);", sass)}
     order = {address: i for i, address in enumerate(places)}
@@ -226,7 +272,7 @@ def instructions(sass: str, chunks: int, kernel: str, pieces: int = 1) -> int:
         if jump and int(jump[1], 16) < address:  # a jump to itself, behind the end, is no loop
             loops.append((order[int(jump[1], 16)], order[address]))
     first, last = 0, len(places) - 1
-    if loops and (kernel == "weights" or kernel.endswith("backward")):
+    if loops and (kernel.startswith(("few", "weights")) or kernel.endswith("backward_kernel")):
         first, last = max(loops, key=lambda loop: loop[1] - loop[0])
         loops = [(a, b) for a, b in loops if first <= a and b <= last and (a, b) != (first, last)]
     total = last - first + 1
@@ -318,7 +364,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations at a time")
     parser.add_argument("--out", type=Path, help="JSON file: its rows are kept, new ones added as they are made")
     asked = parser.parse_args()
-    if fused.INTERPRETED:
+    if launch.INTERPRETED:
         parser.error("TRITON_INTERPRET is set: kernels that are interpreted cannot be compiled; unset it")
 
     chosen = {k: v for k in ("kernels", "shapes", "widths", "dtypes", "targets") if (v := getattr(asked, k))}

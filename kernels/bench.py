@@ -57,6 +57,7 @@ from torch.utils.checkpoint import checkpoint
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # multiply-and-add as one instruction, whatever the default
 
 from vwn_ref.kernels import fused
+from vwn_ref.kernels.launch import fuses_step_backward, whole_rows
 
 from vwn_ref import dynamic, ghc
 from vwn_ref.config import VWNConfig
@@ -103,22 +104,24 @@ def minimal_bytes(op: str, direction: str, m: int, n: int, d: int, tokens: int, 
 
 
 def kernel_bytes(
-    op: str, direction: str, m: int, n: int, d: int, tokens: int, itemsize: int, one_kernel: bool = True
-) -> int:
+    op: str, direction: str, m: int, n: int, d: int, tokens: int, itemsize: int, one_kernel: bool = True,
+    mixes_again: bool = False,
+) -> int:  # fmt: skip
     """What our kernels are written to move through memory: the minimum, and what they store and read besides.
 
-    Backward there are e, the gradients of the coefficients in float32, [n, m] of width and [n, n+m] of depth, written
-    by one kernel and read by `weights_kernel` together with H′; step reads the new state too, and where its backward
-    is two kernels (`one_kernel` False) the gradient between them is stored and read; last is always two. A second read
-    that should come from the cache is not counted.
+    Backward there are e, the gradients of the coefficients, [n, m] of width and [n, n+m] of depth, in float32, or with
+    more than 8 slots in as many bytes as a state (true of bfloat16), written by one kernel and read by `weights_kernel`
+    together with H′. step reads the new state too, unless it makes it again (`mixes_again`), and where its backward is
+    two kernels (not `one_kernel`) the gradient between them is stored and read; last is always two. A second read that
+    should come from the cache is not counted.
     """
     slots, e = minimal_slots(op, direction, m, n), 0
     if direction == "backward":
         e = {"width": n * m, "step": n * (n + 2 * m)}.get(op, n * (n + m))
         slots += {"width": n, "depth": n, "step": 3 * n, "last": 4 * n + m}[op]  # read once more, or a second kernel
-        if op == "step" and not one_kernel:
-            slots += 2 * n
-    return (slots * d * itemsize + 2 * 4 * e) * tokens
+        if op == "step":
+            slots += (0 if one_kernel else 2 * n) - (n if mixes_again else 0)
+    return (slots * d * itemsize + 2 * e * (itemsize if n > 8 else 4)) * tokens
 
 
 # ----------------------------------------------------------------------------------------------- the device's clock
@@ -462,8 +465,10 @@ def _model(t: Task, direction: str, bench: Bench) -> dict:
     size = (t.m, t.n, t.D // t.m, t.tokens, bench.dtype.itemsize)
     found = {"minimal_bytes": minimal_bytes(t.op, direction, *size)}
     if t.implementation == "fused":
-        one = fused.fuses_step_backward(t.n, 8 * bench.dtype.itemsize)
-        found["kernel_bytes"] = kernel_bytes(t.op, direction, *size, one)
+        shape = (t.m, t.n, t.D // t.m, 8 * bench.dtype.itemsize)
+        found["kernel_bytes"] = kernel_bytes(
+            t.op, direction, *size, fuses_step_backward(*shape), whole_rows(*shape) > 0
+        )
     return found
 
 

@@ -6,7 +6,8 @@
     out = Âᵀ H′ + Bᵀ Z                 [n, d_b]             Z: the m segments of z as rows
 
 Reads n rows of H′ and m of z a token, writes n. The coefficients are computed from H′ here; neither they nor Âᵀ H′ are
-ever stored. Two passes along d_b, as in `width`.
+ever stored. Two passes along d_b, as in `width`; up to 4 slots one, see few.py. W_α and W_β come as V, see
+projections.py.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def write_coefficients(
 
 @triton.jit
 def write_matrices(
-    H, t, T, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, eps,
+    H, t, T, V, A, B, S_alpha, S_beta, eps,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BT: tl.constexpr,
     BD: tl.constexpr, PREC: tl.constexpr, DYNAMIC: tl.constexpr,
 ):  # fmt: skip
@@ -67,8 +68,8 @@ def write_matrices(
             c = start + tl.arange(0, BD)
             h = load_rows(H, t, T, c, N, D, NP)
             square += tl.sum(h * h, axis=2)
-            p_carry += project(h, load_V(W_alpha, gain, c, M, N, M + N, D, NP), PREC)
-            p_write += project(h, load_V(W_beta, gain, c, 0, M, M, D, MP), PREC)
+            p_carry += project(h, load_V(V, c, 0, N, D, NP), PREC)
+            p_write += project(h, load_V(V, c, N, M, D, MP), PREC)
     rstd = inverse_root(square, D, eps, slot_mask(t, T, N, NP) & DYNAMIC)
     carry, _, _, write, _, _ = write_coefficients(p_carry, p_write, rstd, A, B, S_alpha, S_beta, M, N, MP, NP, DYNAMIC)
     return carry, write
@@ -87,13 +88,13 @@ def new_rows(
 
 @triton.jit
 def depth_block(
-    H, Z, OUT, t, T, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, eps,
+    H, Z, OUT, t, T, V, A, B, S_alpha, S_beta, eps,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BT: tl.constexpr,
     BD: tl.constexpr, MANY: tl.constexpr, PREC: tl.constexpr, DYNAMIC: tl.constexpr,
 ):  # fmt: skip
     """The new state of the tokens `t`."""
     carry, write = write_matrices(
-        H, t, T, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, eps, M, N, D, MP, NP, BT, BD, PREC, DYNAMIC
+        H, t, T, V, A, B, S_alpha, S_beta, eps, M, N, D, MP, NP, BT, BD, PREC, DYNAMIC
     )  # fmt: skip
     for start in range(0, D, BD):
         c = start + tl.arange(0, BD)
@@ -102,13 +103,13 @@ def depth_block(
 
 @triton.jit
 def depth_kernel(
-    H, Z, OUT, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, T, eps,
+    H, Z, OUT, V, A, B, S_alpha, S_beta, T, eps,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BT: tl.constexpr,
     BD: tl.constexpr, MANY: tl.constexpr, PREC: tl.constexpr, DYNAMIC: tl.constexpr,
 ):  # fmt: skip
     """One block of tokens a program."""
     depth_block(
-        H, Z, OUT, tokens(tl.program_id(0), BT), T, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, eps,
+        H, Z, OUT, tokens(tl.program_id(0), BT), T, V, A, B, S_alpha, S_beta, eps,
         M, N, D, MP, NP, BT, BD, MANY, PREC, DYNAMIC,
     )  # fmt: skip
 
@@ -130,7 +131,7 @@ def own_size(M: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, BT: tl.constexp
 
 @triton.jit
 def depth_backward_block(
-    H, Z, G, G_H, G_Z, E, own, t, T, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, eps,
+    H, Z, G, G_H, G_Z, E, own, t, T, V, A, B, S_alpha, S_beta, eps,
     carry_sum, carry_tanh_sum, write_sum, write_tanh_sum,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BT: tl.constexpr,
     BD: tl.constexpr, MANY: tl.constexpr, PREC: tl.constexpr, DYNAMIC: tl.constexpr,
@@ -155,8 +156,8 @@ def depth_backward_block(
         h = load_rows(H, t, T, c, N, D, NP)
         if DYNAMIC:
             square += tl.sum(h * h, axis=2)
-            p_carry += project(h, load_V(W_alpha, gain, c, M, N, M + N, D, NP), PREC)
-            p_write += project(h, load_V(W_beta, gain, c, 0, M, M, D, MP), PREC)
+            p_carry += project(h, load_V(V, c, 0, N, D, NP), PREC)
+            p_write += project(h, load_V(V, c, N, M, D, MP), PREC)
         g = load_rows(G, t, T, c, N, D, NP)
         d_carry += correlate(h, g, PREC)
         d_write += correlate(g, load_rows(Z, t, T, c, M, D, MP), PREC)
@@ -182,19 +183,19 @@ def depth_backward_block(
         g = load_rows(G, t, T, c, N, D, NP)
         g_h = tl.zeros((BT, NP, BD), tl.float32)
         if DYNAMIC:
-            g_h += spread(e_write, load_V(W_beta, gain, c, 0, M, M, D, MP), MANY, PREC)
+            g_h += spread(e_write, load_V(V, c, N, M, D, MP), MANY, PREC)
             g_h -= pull[:, :, None] * load_rows(H, t, T, c, N, D, NP)
         if FEW:
             g_h += unmix(carry, g, MANY, PREC)
             if DYNAMIC:
-                g_h += spread(e_carry, load_V(W_alpha, gain, c, M, N, M + N, D, NP), MANY, PREC)
+                g_h += spread(e_carry, load_V(V, c, 0, N, D, NP), MANY, PREC)
         else:
             for k in tl.range(0, N, 16, num_stages=1):
                 part = load_matrix(parked, own_t, BT, k, N - k, N, N, NP, 16)
                 g_h += unmix(part, load_rows(G, t, T, c, N, D, 16, k), MANY, PREC)
                 if DYNAMIC:
                     e_part = load_matrix(E, t, T, k, N - k, N, N + M, NP, 16)
-                    g_h += spread(e_part, load_V(W_alpha, gain, c, M + k, N - k, M + N, D, 16), MANY, PREC)
+                    g_h += spread(e_part, load_V(V, c, k, N - k, D, 16), MANY, PREC)
         g_z = mix(write, g, MANY, PREC)
         tl.debug_barrier()  # where G_H is G: every thread has read before one writes
         store_rows(G_H, g_h, t, T, c, N, D, NP)
@@ -218,7 +219,7 @@ def store_depth_partial(
 
 @triton.jit
 def depth_backward_kernel(
-    H, Z, G, G_H, G_Z, E, partial, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, T, eps,
+    H, Z, G, G_H, G_Z, E, partial, V, A, B, S_alpha, S_beta, T, eps,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BT: tl.constexpr,
     BD: tl.constexpr, MANY: tl.constexpr, PREC: tl.constexpr, DYNAMIC: tl.constexpr,
 ):  # fmt: skip
@@ -229,7 +230,7 @@ def depth_backward_kernel(
     own = partial + program * own_size(M, N, NP, BT)
     for block in range(program, tl.cdiv(T, BT), programs):
         carry, carry_tanh, write, write_tanh = depth_backward_block(
-            H, Z, G, G_H, G_Z, E, own, tokens(block, BT), T, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, eps,
+            H, Z, G, G_H, G_Z, E, own, tokens(block, BT), T, V, A, B, S_alpha, S_beta, eps,
             carry, carry_tanh, write, write_tanh, M, N, D, MP, NP, BT, BD, MANY, PREC, DYNAMIC,
         )  # fmt: skip
     store_depth_partial(own, carry, carry_tanh, write, write_tanh, M, N, DYNAMIC)

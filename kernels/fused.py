@@ -9,28 +9,30 @@ tests and lessons, when TRITON_INTERPRET=1 was set before Triton was imported.
 
 from __future__ import annotations
 
-import contextlib
-import functools
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 from torch.autograd import forward_ad
-from triton import next_power_of_2
-from vwn_ref.kernels.depth import depth_backward_kernel, depth_kernel, own_size
+from vwn_ref.kernels.depth import depth_backward_kernel, depth_kernel
+from vwn_ref.kernels.few import (
+    few_depth_backward_kernel,
+    few_depth_kernel,
+    few_step_backward_kernel,
+    few_step_kernel,
+    few_width_backward_kernel,
+    few_width_kernel,
+)
 from vwn_ref.kernels.last import last_backward_kernel, last_kernel
+from vwn_ref.kernels.launch import INTERPRETED, Launch, fuses_step_backward
 from vwn_ref.kernels.operation import Operation, check_shape
 from vwn_ref.kernels.step import step_backward_kernel, step_kernel
-from vwn_ref.kernels.tiles import LEAST_SUM
-from vwn_ref.kernels.weights import weights_kernel
 from vwn_ref.kernels.width import width_backward_kernel, width_kernel
 
 from vwn_ref import dynamic, ghc
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-INTERPRETED = type(width_kernel).__name__ == "InterpretedFunction"
 MOST_SLOTS = 64  # n × n coefficients of a token stay in registers
 
 
@@ -54,185 +56,8 @@ class State(NamedTuple):
     eps: float
 
 
-# ------------------------------------------------------------------------------------------------------ launching
-
-
-class Tile(NamedTuple):
-    """Block sizes of a launch: see `vwn_ref.kernels.tiles`."""
-
-    BT: int
-    BD: int
-    num_warps: int
-    num_stages: int = 3  # Triton's own: loads of the next two chunks are under way; 1 holds fewer registers
-
-
-def is_many(n: int) -> bool:
-    """Whether sums over slots go to the tensor cores: see `vwn_ref.kernels.tiles`."""
-    return n > 4
-
-
-def tile(kernel: str, m: int, n: int, d: int, bits: int) -> Tile:
-    """One good choice a kernel, the same for every number of tokens, among those that `vwn_ref.kernels.aot` compiles
-    without spilling registers. Which is fastest, `vwn_ref.kernels.bench` says where there is a GPU.
-
-    As a rule one warp a program, so that no warp waits for another, and several tokens, so that one load of the
-    projections serves them all. More than 16 slots: four or more warps, which share a token's matrix products.
-    """
-    if INTERPRETED:  # every operation of every program costs the same there: few programs, and more than one chunk
-        tile = Tile(8 if n <= 8 else 4, 32, 1)
-    elif kernel.startswith("weights"):
-        tile = Tile(1, 64, 4 if m + n <= 64 else 8)
-    else:
-        name = kernel.removesuffix("_kernel")
-        tile = _TILES[name if (name, bits) in _TILES else "forward", bits][_kind(n)]
-    most = next_power_of_2(d)
-    if n > 16 and kernel.endswith("backward_kernel"):
-        most //= 2  # a single chunk is no loop: the compiler loads all matrices at once, and spills
-    return tile._replace(BD=max(16, min(tile.BD, most)))
-
-
-def _kind(n: int) -> int:
-    return 0 if not is_many(n) else 1 if n <= 8 else 2 if n <= 16 else 3
-
-
-# (kernel, bits of the state) -> for n ≤ 4, n ≤ 8, n ≤ 16, more. Of the tiles that do not spill on an H100, those whose
-# machine code has the fewest instructions a token: see NOTES.md.
-_TILES = {
-    ("forward", 16): (Tile(4, 64, 1), Tile(2, 64, 1), Tile(1, 64, 1), Tile(1, 64, 4)),
-    ("forward", 32): (Tile(4, 32, 1), Tile(2, 32, 1), Tile(1, 32, 1), Tile(1, 32, 4)),
-    ("step", 16): (Tile(4, 32, 1), Tile(2, 64, 1), Tile(1, 64, 1), Tile(1, 64, 4)),
-    ("last", 16): (Tile(4, 64, 1), Tile(2, 32, 1), Tile(1, 64, 1), Tile(1, 64, 4)),
-    ("last", 32): (Tile(4, 32, 1), Tile(2, 32, 1), Tile(1, 32, 1), Tile(1, 32, 4)),
-    ("width_backward", 16): (Tile(2, 32, 1), Tile(2, 32, 1), Tile(1, 32, 1), Tile(1, 64, 4)),
-    ("width_backward", 32): (Tile(2, 16, 1), Tile(2, 16, 1), Tile(1, 32, 1), Tile(1, 32, 4)),
-    ("depth_backward", 16): (Tile(1, 64, 1), Tile(2, 32, 1), Tile(2, 32, 2), Tile(1, 64, 8, 2)),
-    ("depth_backward", 32): (Tile(1, 32, 1), Tile(2, 16, 1), Tile(1, 16, 2), Tile(1, 16, 8)),
-    ("step_backward", 16): (Tile(1, 32, 1), Tile(1, 32, 1), Tile(1, 32, 1), Tile(1, 32, 8)),
-    ("step_backward", 32): (Tile(1, 32, 1), Tile(1, 32, 1), Tile(1, 32, 1), Tile(1, 32, 8)),
-    ("last_backward", 16): (Tile(1, 64, 1), Tile(2, 32, 1), Tile(2, 32, 2), Tile(1, 64, 8)),
-    ("last_backward", 32): (Tile(4, 32, 1), Tile(2, 16, 1), Tile(1, 16, 1), Tile(1, 32, 4, 1)),
-}
-if LEAST_SUM > 8:  # Triton before 3.8: a sum over 8 slots takes two tokens a program, or 16 slots' registers
-    _TILES["step", 16] = (Tile(4, 32, 1), Tile(2, 32, 1), Tile(1, 64, 1), Tile(1, 64, 4))
-    _TILES["step_backward", 16] = (Tile(1, 32, 1), Tile(2, 16, 1), Tile(1, 32, 1), Tile(1, 32, 8))
-
-
-@functools.cache
-def programs(device: torch.device, many: bool) -> int:
-    """How many programs share the tokens in a backward pass: each leaves a partial sum of the gradients behind."""
-    if device.type == "cpu":
-        return 2
-    return torch.cuda.get_device_properties(device).multi_processor_count * (2 if many else 8)
-
-
-def fuses_step_backward(n: int, bits: int) -> bool:
-    """Whether a step's backward is one kernel. Else it is two, of width and of depth, and moves 2n more rows a token:
-    for many slots, and for float32, one kernel would spill, or walk along d_b in steps of 16."""
-    return INTERPRETED or (n <= 8 and bits == 16)
-
-
-def sizes(kernel: str, m: int, n: int, d: int, dtype: torch.dtype) -> dict:
-    """The compile-time arguments that all kernels but `weights_kernel` have, and num_warps and num_stages."""
-    BT, BD, num_warps, num_stages = tile(kernel, m, n, d, 8 * dtype.itemsize)
-    many, MP, NP = is_many(n), next_power_of_2(m), next_power_of_2(n)
-    least = (8 if BT > 1 else LEAST_SUM) if many else 1  # what a sum on the tensor cores is padded to
-    return {
-        "M": m, "N": n, "D": d, "BT": BT, "BD": BD, "MANY": many, "PREC": precision(dtype), "num_warps": num_warps,
-        "num_stages": num_stages,
-        "MP": max(least, MP), "NP": max(least, NP),
-    }  # fmt: skip
-
-
-def precision(dtype: torch.dtype) -> str:
-    """How `tl.dot` treats float32 for states of a dtype: see `vwn_ref.kernels.tiles`."""
-    if INTERPRETED or torch.version.hip:
-        return "ieee"
-    return "tf32x3" if dtype == torch.float32 else "tf32"
-
-
-def weight_sizes(m: int, n: int, d: int, K: int, dtype: torch.dtype) -> dict:
-    """The compile-time arguments of `weights_kernel`, for K columns, and num_warps."""
-    tiling = tile("weights_kernel", m, n, d, 8 * dtype.itemsize)
-    return {
-        "D": d, "K": K, "KP": max(16, next_power_of_2(K)), "BR": 64, "BD": tiling.BD, "PREC": precision(dtype),
-        "num_warps": tiling.num_warps,
-    }  # fmt: skip
-
-
-class Launch:
-    """A state H [..., n, d_b] as the kernels see it, and what belongs to starting them."""
-
-    def __init__(self, H: Tensor, m: int, dynamic: bool) -> None:
-        self.n, self.d = H.shape[-2:]
-        self.m, self.dynamic = m, dynamic
-        self.T = H.numel() // (self.n * self.d)
-        self.device = H.device
-        self.dtype = H.dtype
-        # of a backward pass; no more than tokens, since a block has at least one
-        self.programs = min(self.T, programs(H.device, is_many(self.n)))
-
-    def start(self, kernel, *arguments, count: int | None = None, **more) -> None:
-        """Run `count` programs, or one a block. For an absent tensor another stands in, which no kernel touches."""
-        if self.T:
-            chosen = sizes(kernel.__name__, self.m, self.n, self.d, self.dtype)
-            arguments = [arguments[0] if a is None else a for a in arguments]
-            with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
-                count = triton.cdiv(self.T, chosen["BT"]) if count is None else count
-                kernel[(count,)](*arguments, **chosen, **more, DYNAMIC=self.dynamic)
-
-    def zeros(self, *shape: int) -> Tensor:
-        """float32, for sums."""
-        return torch.zeros(shape, dtype=torch.float32, device=self.device)
-
-    def partial(self, columns: int, kernel=None) -> Tensor:
-        """Room for the sums of each program: [P, 2, n, columns]; for more than 16 slots that `kernel`, with a depth in
-        it, adds to them, so they are zeros, and behind each program's lies its room for Â: see `vwn_ref.kernels.depth`.
-        """
-        size = own = 2 * self.n * columns
-        if kernel is not None:
-            chosen = sizes(kernel.__name__, self.m, self.n, self.d, self.dtype)
-            own = own_size.fn(self.m, self.n, chosen["NP"], chosen["BT"])
-        make = torch.empty if self.T and self.dynamic and own == size else torch.zeros
-        whole = make(max(self.programs, 1), own, dtype=torch.float32, device=self.device)
-        return whole[:, :size].unflatten(1, (2, self.n, columns))
-
-    def coefficient_gradients(self, columns: int) -> Tensor:
-        """Room for rstd · ∂L/∂q: [T, n, columns]."""
-        shape = (self.T, self.n, columns) if self.dynamic else (0,)
-        return torch.empty(shape, dtype=torch.float32, device=self.device)
-
-    def weight_gradient(self, H: Tensor, E: Tensor) -> Tensor:
-        """Σ H′ᵀ E over tokens and slots: [d_b, columns]."""
-        rows, d, K = self.T * self.n, self.d, E.shape[-1]
-        constants = weight_sizes(self.m, self.n, d, K, H.dtype)
-        splits = min(triton.cdiv(rows, constants["BR"]), 2 if self.device.type == "cpu" else 128)
-        partial = torch.empty((splits, d, K), dtype=torch.float32, device=self.device)
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
-            weights_kernel[(triton.cdiv(d, constants["BD"]), splits)](H, E, partial, rows, **constants)
-        return partial.sum(0)
-
-
 def _new(like: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device)
-
-
-def _split(launch: Launch, sums: Tensor, H: Tensor, E: Tensor, W: tuple[Tensor, ...], gain: Tensor):
-    """Sums [P, 2, n, K] and e -> Σ E, Σ E ∘ tanh [n, K], and the gradients of W (side by side) and of the gain."""
-    static, scale = sums.sum(0)
-    if not launch.dynamic:
-        return static, None, None, None
-    if not launch.T:
-        return static, scale, launch.zeros(launch.d, E.shape[-1]), launch.zeros(launch.d)
-    g_V = launch.weight_gradient(H, E) * launch.d**-0.5
-    side_by_side = torch.cat([w.float() for w in W], dim=1)
-    return static, scale, g_V * gain.float()[:, None], (g_V * side_by_side).sum(1)
-
-
-def _into(like: Tensor, part: Tensor, columns: slice) -> Tensor:
-    """Zeros like `like`, with `part` in those columns."""
-    whole = torch.zeros_like(like)
-    whole[:, columns] = part.to(like.dtype)
-    return whole
 
 
 def suited(H: Tensor, *parameters: Tensor) -> bool:
@@ -249,50 +74,36 @@ def suited(H: Tensor, *parameters: Tensor) -> bool:
     return all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
 
 
-def _own(t: Tensor, like: Tensor) -> Tensor:
-    """A contiguous copy in the dtype of `like`: the results of an operator must not share memory."""
-    return t.clone(memory_format=torch.contiguous_format).to(like.dtype)
-
-
 # ----------------------------------------------------------------------------------------------- raw operations
 
 
 def _width(H, A, W_alpha, S_alpha, gain, norm_gain, eps, norm_eps):
     H = H.contiguous()
     launch = Launch(H, A.shape[1] - A.shape[0], W_alpha is not None)
-    x = _new(H, *H.shape[:-2], launch.m * launch.d)
+    x, V = _new(H, *H.shape[:-2], launch.m * launch.d), launch.projections(width=(W_alpha, gain))
     launch.start(
-        width_kernel, H, x, A, W_alpha, S_alpha, gain, norm_gain, launch.T, eps, norm_eps,
+        few_width_kernel if launch.warps else width_kernel, H, x, V, A, S_alpha, norm_gain, launch.T, eps, norm_eps,
         NORM=norm_gain is not None,
     )  # fmt: skip
     return x
 
 
-def _read_gradients(launch: Launch, sums: Tensor, H: Tensor, E: Tensor, norm_sums: Tensor, A, W_alpha, S_alpha, gain,
-                    norm_gain) -> tuple[Tensor, ...]:  # fmt: skip
+def _read_gradients(launch: Launch, sums: Tensor, H: Tensor, E: Tensor, norm_sums: Tensor | None, A, W_alpha, S_alpha,
+                    gain, norm_gain) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of A, W_alpha, S_alpha, gain and norm_gain from the sums of a width's backward."""
-    columns = slice(0, launch.m)
-    W = None if W_alpha is None else (W_alpha[:, columns],)
-    static, scale, g_W, g_gain = _split(launch, sums, H, E, W, gain)
-    g_norm = None if norm_gain is None else norm_sums.sum(0).to(norm_gain.dtype)
-    if not launch.dynamic:
-        return _into(A, static, columns), None, None, None, g_norm
-    return (
-        _into(A, static, columns), _into(W_alpha, g_W, columns), _into(S_alpha, scale, columns),
-        g_gain.to(gain.dtype), g_norm,
-    )  # fmt: skip
+    g_A, _, g_W, _, g_S, _, g_gain = launch.gradients(sums, H, E, A, None, W_alpha, None, S_alpha, None, gain)
+    return g_A, g_W, g_S, g_gain, launch.norm_gradient(norm_sums, norm_gain)
 
 
 def _width_backward(H, A, W_alpha, S_alpha, gain, norm_gain, eps, norm_eps, g_x, add=None):
     """With `add`, another gradient of H, the gradient of H is the sum of both."""
     H, g_x = H.contiguous(), g_x.contiguous()
     launch = Launch(H, A.shape[1] - A.shape[0], W_alpha is not None)
-    m, d = launch.m, launch.d
-    g_H, E, sums = torch.empty_like(H), launch.coefficient_gradients(m), launch.partial(m)
-    norm_sums = launch.zeros(len(sums), m * d) if norm_gain is not None else sums
+    g_H, E, sums = torch.empty_like(H), launch.coefficient_gradients(launch.m), launch.partial(launch.m)
+    norm_sums, V = launch.norm_partial(norm_gain), launch.projections(width=(W_alpha, gain))
     launch.start(
-        width_backward_kernel, H, g_x, add, g_H, E, sums, norm_sums, A, W_alpha, S_alpha, gain, norm_gain, launch.T,
-        eps, norm_eps, NORM=norm_gain is not None, ADD=add is not None, count=launch.programs,
+        few_width_backward_kernel if launch.warps else width_backward_kernel, H, g_x, add, g_H, E, sums, norm_sums, V,
+        A, S_alpha, norm_gain, launch.T, eps, norm_eps, NORM=norm_gain is not None, ADD=add is not None,
     )  # fmt: skip
     return g_H, *_read_gradients(launch, sums, H, E, norm_sums, A, W_alpha, S_alpha, gain, norm_gain)
 
@@ -300,25 +111,11 @@ def _width_backward(H, A, W_alpha, S_alpha, gain, norm_gain, eps, norm_eps, g_x,
 def _depth(H, z, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, eps):
     H, z = H.contiguous(), z.contiguous()
     launch = Launch(H, B.shape[0], W_alpha is not None)
-    out = torch.empty_like(H)
+    out, V = torch.empty_like(H), launch.projections(depth=(W_alpha, W_beta, gain))
     launch.start(
-        depth_kernel, H, z, out, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, launch.T, eps
+        few_depth_kernel if launch.warps else depth_kernel, H, z, out, V, A, B, S_alpha, S_beta, launch.T, eps
     )  # fmt: skip
     return out
-
-
-def _write_gradients(launch: Launch, sums: Tensor, H, E, A, B, W_alpha, W_beta, S_alpha, S_beta, gain):
-    """Gradients of the seven parameters from the sums of a depth's backward."""
-    n, carry = launch.n, slice(launch.m, None)
-    W = None if W_alpha is None else (W_alpha[:, carry], W_beta)
-    static, scale, g_W, g_gain = _split(launch, sums, H, E, W, gain)
-    g_A, g_B = _into(A, static[:, :n], carry), _own(static[:, n:].mT, B)
-    if not launch.dynamic:
-        return g_A, g_B, None, None, None, None, None
-    return (
-        g_A, g_B, _into(W_alpha, g_W[:, :n], carry), _own(g_W[:, n:], W_beta),
-        _into(S_alpha, scale[:, :n], carry), _own(scale[:, n:].mT, S_beta), g_gain.to(gain.dtype),
-    )  # fmt: skip
 
 
 def _depth_backward(H, z, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, eps, g):
@@ -328,10 +125,12 @@ def _depth_backward(H, z, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, eps, g):
     columns = launch.n + launch.m
     g_H, g_z = torch.empty_like(H), torch.empty_like(z)
     E, sums = launch.coefficient_gradients(columns), launch.partial(columns, depth_backward_kernel)
+    V = launch.projections(depth=(W_alpha, W_beta, gain))
     launch.start(
-        depth_backward_kernel, H, z, g, g_H, g_z, E, sums, *parameters, launch.T, eps, count=launch.programs
+        few_depth_backward_kernel if launch.warps else depth_backward_kernel, H, z, g, g_H, g_z, E, sums, V, A, B,
+        S_alpha, S_beta, launch.T, eps,
     )  # fmt: skip
-    return g_H, g_z, *_write_gradients(launch, sums, H, E, *parameters)
+    return g_H, g_z, *launch.gradients(sums, H, E, *parameters)
 
 
 def _step(
@@ -341,9 +140,10 @@ def _step(
     H, z = H.contiguous(), z.contiguous()
     launch = Launch(H, B.shape[0], W_alpha is not None)
     out, x = torch.empty_like(H), _new(H, *z.shape)
+    V = launch.projections((W_alpha, W_beta, gain), (next_W, next_gain))
     launch.start(
-        step_kernel, H, z, out, x, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, next_A, next_W, next_S,
-        next_gain, norm_gain, launch.T, eps, next_eps, norm_eps, NORM=norm_gain is not None,
+        few_step_kernel if launch.warps else step_kernel, H, z, out, x, V, A, B, S_alpha, S_beta, next_A, next_S,
+        norm_gain, launch.T, eps, next_eps, norm_eps, NORM=norm_gain is not None,
     )  # fmt: skip
     return out, x
 
@@ -357,19 +157,21 @@ def _step_backward(
     m, columns = launch.m, launch.n + launch.m
     parameters = (A, B, W_alpha, W_beta, S_alpha, S_beta, gain)
     reading = (next_A, next_W, next_S, next_gain, norm_gain)
-    if not fuses_step_backward(launch.n, 8 * H.dtype.itemsize):
+    if not fuses_step_backward(m, launch.n, launch.d, 8 * H.dtype.itemsize):
         g, *of_width = _width_backward(out, *reading, next_eps, norm_eps, g_x, add=g_out)
         return *_depth_backward(H, z, *parameters, eps, g), *of_width
     g_H, g_z = torch.empty_like(H), torch.empty_like(z)
     E, next_E = launch.coefficient_gradients(columns), launch.coefficient_gradients(m)
     sums, next_sums = launch.partial(columns, step_backward_kernel), launch.partial(m)
-    norm_sums = launch.zeros(len(sums), m * launch.d) if norm_gain is not None else sums
+    norm_sums = launch.norm_partial(norm_gain)
+    V = launch.projections((W_alpha, W_beta, gain), (next_W, next_gain))
+    kernel, states = (step_backward_kernel, (H, z, out)) if not launch.warps else (few_step_backward_kernel, (H, z))
     launch.start(
-        step_backward_kernel, H, z, out, g_out, g_x, g_H, g_z, E, next_E, sums, next_sums, norm_sums,
-        *parameters, *reading, launch.T, eps, next_eps, norm_eps, NORM=norm_gain is not None, count=launch.programs,
+        kernel, *states, g_out, g_x, g_H, g_z, E, next_E, sums, next_sums, norm_sums, V, A, B, S_alpha, S_beta, next_A,
+        next_S, norm_gain, launch.T, eps, next_eps, norm_eps, NORM=norm_gain is not None,
     )  # fmt: skip
     return (
-        g_H, g_z, *_write_gradients(launch, sums, H, E, *parameters),
+        g_H, g_z, *launch.gradients(sums, H, E, *parameters),
         *_read_gradients(launch, next_sums, out, next_E, norm_sums, *reading),
     )  # fmt: skip
 
@@ -377,11 +179,8 @@ def _step_backward(
 def _last(H, z, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, weight, bias, eps, norm_eps):
     H, z = H.contiguous(), z.contiguous()
     launch = Launch(H, B.shape[0], W_alpha is not None)
-    y = torch.empty_like(H)
-    launch.start(
-        last_kernel, H, z, y, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, weight, bias, launch.T, eps,
-        norm_eps,
-    )  # fmt: skip
+    y, V = torch.empty_like(H), launch.projections(depth=(W_alpha, W_beta, gain))
+    launch.start(last_kernel, H, z, y, V, A, B, S_alpha, S_beta, weight, bias, launch.T, eps, norm_eps)
     return y
 
 
@@ -390,10 +189,11 @@ def _last_backward(H, z, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, weight, b
     launch = Launch(H, B.shape[0], W_alpha is not None)
     parameters = (A, B, W_alpha, W_beta, S_alpha, S_beta, gain)
     g = torch.empty_like(H)
-    weight_sums, bias_sums = launch.zeros(2, max(launch.programs, 1), launch.n * launch.d)
+    weight_sums, bias_sums = launch.zeros(2, max(launch.walkers, 1), launch.n * launch.d)
+    V = launch.projections(depth=(W_alpha, W_beta, gain))
     launch.start(
-        last_backward_kernel, H, z, g_y, g, weight_sums, bias_sums, *parameters, weight, launch.T, eps,
-        norm_eps, count=launch.programs,
+        last_backward_kernel, H, z, g_y, g, weight_sums, bias_sums, V, A, B, S_alpha, S_beta, weight, launch.T, eps,
+        norm_eps,
     )  # fmt: skip
     of_depth = _depth_backward(H, z, *parameters, eps, g)
     return *of_depth, weight_sums.sum(0).to(weight.dtype), bias_sums.sum(0).to(bias.dtype)

@@ -55,7 +55,7 @@ def statistics(
 
 @triton.jit
 def last_kernel(
-    H, Z, Y, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, weight, bias, T, eps, norm_eps,
+    H, Z, Y, V, A, B, S_alpha, S_beta, weight, bias, T, eps, norm_eps,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BT: tl.constexpr,
     BD: tl.constexpr, MANY: tl.constexpr, PREC: tl.constexpr, DYNAMIC: tl.constexpr,
 ):  # fmt: skip
@@ -64,7 +64,7 @@ def last_kernel(
     first = tl.zeros_like(t)
     group = same_group(M, N, NP)
     carry, write = write_matrices(
-        H, t, T, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, eps, M, N, D, MP, NP, BT, BD, PREC, DYNAMIC
+        H, t, T, V, A, B, S_alpha, S_beta, eps, M, N, D, MP, NP, BT, BD, PREC, DYNAMIC
     )  # fmt: skip
     mean, rstd = statistics(
         H, Z, t, T, carry, write, group, norm_eps, M, N, D, MP, NP, BT, BD, MANY, PREC
@@ -88,7 +88,7 @@ def last_kernel(
 
 @triton.jit
 def last_backward_kernel(
-    H, Z, G_Y, G, weight_partial, bias_partial, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, weight, T, eps, norm_eps,
+    H, Z, G_Y, G, weight_partial, bias_partial, V, A, B, S_alpha, S_beta, weight, T, eps, norm_eps,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BT: tl.constexpr,
     BD: tl.constexpr, MANY: tl.constexpr, PREC: tl.constexpr, DYNAMIC: tl.constexpr,
 ):  # fmt: skip
@@ -99,7 +99,7 @@ def last_backward_kernel(
         t = tokens(block, BT)
         first = tl.zeros_like(t)
         carry, write = write_matrices(
-            H, t, T, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, eps, M, N, D, MP, NP, BT, BD, PREC, DYNAMIC
+            H, t, T, V, A, B, S_alpha, S_beta, eps, M, N, D, MP, NP, BT, BD, PREC, DYNAMIC
         )  # fmt: skip
         mean, rstd = statistics(
             H, Z, t, T, carry, write, group, norm_eps, M, N, D, MP, NP, BT, BD, MANY, PREC

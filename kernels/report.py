@@ -4,9 +4,9 @@ Reads figures/data/gpu/<device>/{rates,ops,steps,memory}.json and computes nothi
 With --readme FILE it puts the tables between the two comment lines of that file that say so. What is not there is
 "not measured"; where nothing is, the file only says that.
 
---limits prints what the instructions that `vwn_ref.kernels.aot` counted allow at best, with no GPU, and --notes FILE
-puts it between two such lines: a kernel reaches no larger share of the bandwidth, however well it hides what it waits
-for.
+--limits prints what the instructions that `vwn_ref.kernels.aot` counted, and the bytes that our kernels move, allow at
+best, with no GPU, and --notes FILE puts it between two such lines: a kernel reaches no larger share of the bandwidth,
+however well it hides what it waits for.
 """
 
 from __future__ import annotations
@@ -212,21 +212,24 @@ BANDWIDTH, ISSUES = 3.35e12, 67e12 / 64
 
 
 class Limit(NamedTuple):
-    """Nanoseconds a token of one operation, at best: to move what must be moved, and to start the instructions."""
+    """Nanoseconds a token of one operation, at best: to move the least there is, to move what our kernels move, and to
+    start their instructions."""
 
+    least: float
     moving: float
     starting: float
 
     @property
     def share(self) -> float:
-        """Of the bandwidth, at most."""
-        return self.moving / max(self.moving, self.starting)
+        """Of the bandwidth, at most, counting the least bytes."""
+        return self.least / max(self.moving, self.starting)
 
 
 def limit(compiled: list[dict], op: str, direction: str, m: int, n: int, D: int) -> Limit | None:
-    """From the rows of `vwn_ref.kernels.aot`, bfloat16 on sm_90; None where one is missing. Backward, the sums over
-    all tokens that become the gradients of W are left out: another kernel makes them."""
-    from vwn_ref.kernels.bench import minimal_bytes
+    """From the rows of `vwn_ref.kernels.aot`, bfloat16 on sm_90; None where one is missing. Backward, `weights_kernel`
+    is in the bytes, and not in the instructions."""
+    from vwn_ref.kernels.bench import kernel_bytes, minimal_bytes
+    from vwn_ref.kernels.launch import whole_rows
 
     wanted = {"m": m, "n": n, "D": D, "dtype": "bf16", "target": "sm_90", "dynamic": True, "norm": True}
     names = [op if direction == "forward" else f"{op}_backward"]
@@ -235,15 +238,18 @@ def limit(compiled: list[dict], op: str, direction: str, m: int, n: int, D: int)
     counts = [find(compiled, kernel=name, **wanted).get("instructions") for name in names]
     if None in counts:
         return None
-    return Limit(1e9 * minimal_bytes(op, direction, m, n, D // m, 1, 2) / BANDWIDTH, 1e9 * sum(counts) / ISSUES)
+    size = (op, direction, m, n, D // m, 1, 2)
+    bytes_moved = minimal_bytes(*size), kernel_bytes(*size, len(names) == 1, whole_rows(m, n, D // m, 16) > 0)
+    return Limit(*(1e9 * x / BANDWIDTH for x in bytes_moved), 1e9 * sum(counts) / ISSUES)
 
 
 def limits(compiled: list[dict], D: int = 1024) -> str:
     """Markdown: `Limit` of each operation that has a target, and of width."""
     aims = {target.what.removesuffix(": share of copy bandwidth"): target.limit for target in targets()}
     lines = [
-        f"| bfloat16, D = {D} | instructions a token | ns to start them | ns for the bytes | share at most | target |",
-        "|---|---|---|---|---|---|",
+        f"| bfloat16, D = {D} | instructions a token | ns to start them | ns for the least bytes | ns for ours "
+        "| share at most | target |",
+        "|---|---|---|---|---|---|---|",
     ]
     for op in ("width", "depth", "step"):
         for shape in ((2, 3), (4, 8), (8, 64)):
@@ -254,7 +260,8 @@ def limits(compiled: list[dict], D: int = 1024) -> str:
                 what = f"{op} {shape}, {direction}"
                 aim = f"{aims[what]:.0%}" if what in aims else "–"
                 count = round(found.starting * ISSUES / 1e9)
-                cells = (f"{count:,}", f"{found.starting:.1f}", f"{found.moving:.1f}", f"{found.share:.0%}", aim)
+                times = (f"{x:.1f}" for x in (found.starting, found.least, found.moving))
+                cells = (f"{count:,}", *times, f"{found.share:.0%}", aim)
                 lines.append(f"| {what} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

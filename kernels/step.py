@@ -19,29 +19,27 @@ from vwn_ref.kernels.width import width_backward_block, width_block
 
 @triton.jit
 def step_kernel(
-    H, Z, OUT, X, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, next_A, next_W, next_S, next_gain, norm_gain,
-    T, eps, next_eps, norm_eps,
+    H, Z, OUT, X, V, A, B, S_alpha, S_beta, next_A, next_S, norm_gain, T, eps, next_eps, norm_eps,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BT: tl.constexpr,
     BD: tl.constexpr, MANY: tl.constexpr, PREC: tl.constexpr, DYNAMIC: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """One block of tokens a program."""
     t = tokens(tl.program_id(0), BT)
     depth_block(
-        H, Z, OUT, t, T, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, eps,
+        H, Z, OUT, t, T, V, A, B, S_alpha, S_beta, eps,
         M, N, D, MP, NP, BT, BD, MANY, PREC, DYNAMIC,
     )  # fmt: skip
     tl.debug_barrier()  # the rows that other threads of this program wrote are read from here on
     width_block(
-        OUT, X, t, T, next_A, next_W, next_S, next_gain, norm_gain, next_eps, norm_eps,
+        OUT, X, t, T, V + (N + M) * D, next_A, next_S, norm_gain, next_eps, norm_eps,
         M, N, D, MP, NP, BT, BD, MANY, PREC, DYNAMIC, NORM,
     )  # fmt: skip
 
 
 @triton.jit
 def step_backward_kernel(
-    H, Z, OUT, G_OUT, G_X, G_H, G_Z, E, next_E, partial, next_partial, norm_partial,
-    A, B, W_alpha, W_beta, S_alpha, S_beta, gain, next_A, next_W, next_S, next_gain, norm_gain,
-    T, eps, next_eps, norm_eps,
+    H, Z, OUT, G_OUT, G_X, G_H, G_Z, E, next_E, partial, next_partial, norm_partial, V,
+    A, B, S_alpha, S_beta, next_A, next_S, norm_gain, T, eps, next_eps, norm_eps,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BT: tl.constexpr,
     BD: tl.constexpr, MANY: tl.constexpr, PREC: tl.constexpr, DYNAMIC: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
@@ -55,14 +53,14 @@ def step_backward_kernel(
     for block in range(program, tl.cdiv(T, BT), programs):
         t = tokens(block, BT)
         a, b = width_backward_block(
-            OUT, G_X, G_OUT, G_H, next_E, norm_partial + program * (M * D), t, T, next_A, next_W, next_S, next_gain,
-            norm_gain, next_eps, norm_eps, M, N, D, MP, NP, BT, BD, MANY, PREC, DYNAMIC, NORM, True,
+            OUT, G_X, G_OUT, G_H, next_E, norm_partial + program * (M * D), t, T, V + (N + M) * D,
+            next_A, next_S, norm_gain, next_eps, norm_eps, M, N, D, MP, NP, BT, BD, MANY, PREC, DYNAMIC, NORM, True,
         )  # fmt: skip
         read += a
         read_tanh += b
         tl.debug_barrier()
         carry, carry_tanh, write, write_tanh = depth_backward_block(
-            H, Z, G_H, G_H, G_Z, E, own, t, T, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, eps,
+            H, Z, G_H, G_H, G_Z, E, own, t, T, V, A, B, S_alpha, S_beta, eps,
             carry, carry_tanh, write, write_tanh, M, N, D, MP, NP, BT, BD, MANY, PREC, DYNAMIC,
         )  # fmt: skip
     store_depth_partial(own, carry, carry_tanh, write, write_tanh, M, N, DYNAMIC)

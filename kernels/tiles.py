@@ -1,4 +1,4 @@
-"""What the Triton kernels are made of: rows in, rows out, and the five small products of a GHC.
+"""What the kernels that walk along d_b are made of: rows in, rows out, and the five small products of a GHC.
 
 Notation, as in `vwn_ref.ghc` and `vwn_ref.dynamic`. One program works on BT tokens and walks along d_b in steps of BD.
 
@@ -9,8 +9,10 @@ Notation, as in `vwn_ref.ghc` and `vwn_ref.dynamic`. One program works on BT tok
 
 16-bit numbers become float32 as they are loaded and 16-bit again as they are stored: all arithmetic is in float32.
 
-Sums over slots and segments are short (R ≤ 72), sums over d_b are long. Long ones go to the tensor cores (`tl.dot`).
-Of the short ones, `mix`, `unmix` and `spread` have two forms, chosen by n (`MANY` is True from n = 5 on):
+These are the kernels for more than 4 slots, and for fewer in `last` and where d_b is too long for the registers: see
+rows.py for the others. Sums over slots and segments are short (R ≤ 72), sums over d_b are long. Long ones go to the
+tensor cores (`tl.dot`). Of the short ones, `mix`, `unmix` and `spread` have two forms, chosen by n (`MANY` is True from
+n = 5 on):
 
     few slots    multiply and add, element by element. A tensor core would fill its 16 × 8 tile with padding: for
                  (2, 3), 9 of 128 products would count, and the two fp32 operations a byte that it takes are few.
@@ -92,13 +94,10 @@ def load_parameter(
 
 
 @triton.jit
-def load_V(W, gain, c, column, K, stride: tl.constexpr, D: tl.constexpr, KP: tl.constexpr):
-    """V = gain ∘ W / τ of Eqs. (12)-(14), τ = √d_b: rows `c` and K columns of W from `column` on, [BD, KP]."""
+def load_V(V, c, row, K, D: tl.constexpr, KP: tl.constexpr):
+    """K rows of V [·, d_b] from `row` on, columns `c`, transposed: [BD, KP]. See `vwn_ref.kernels.projections`."""
     k = tl.arange(0, KP)[None, :]
-    inside = (c[:, None] < D) & (k < K)
-    w = tl.load(W + c[:, None] * stride + column + k, mask=inside, other=0.0).to(tl.float32)
-    g = tl.load(gain + c, mask=c < D, other=0.0).to(tl.float32)
-    return w * (g * (1.0 / tl.sqrt(D * 1.0)))[:, None]
+    return tl.load(V + (row + k) * D + c[:, None], mask=(c[:, None] < D) & (k < K), other=0.0)
 
 
 @triton.jit
@@ -119,10 +118,11 @@ def store_matrix(pointer, C, t, T, column, K: tl.constexpr, R: tl.constexpr, str
 def load_matrix(
     pointer, t, T, column, K, R: tl.constexpr, stride: tl.constexpr, RP: tl.constexpr, KP: tl.constexpr
 ):  # fmt: skip
-    """C [BT, RP, KP], K of the columns from `column` on of a contiguous [T, R, stride]."""
+    """C [BT, RP, KP] in float32, K of the columns from `column` on of a contiguous [T, R, stride]."""
     r, k = tl.arange(0, RP)[None, :, None], tl.arange(0, KP)[None, None, :]
     offsets = (t[:, None, None] * R + r) * stride + column + k
-    return tl.load(pointer + offsets, mask=(t[:, None, None] < T) & (r < R) & (k < K), other=0.0)
+    C = tl.load(pointer + offsets, mask=(t[:, None, None] < T) & (r < R) & (k < K), other=0.0)
+    return C.to(tl.float32)
 
 
 @triton.jit

@@ -24,7 +24,7 @@ def weights_kernel(
         row = tl.arange(0, BR) + (tl.zeros((BR,), tl.int64) + stretch) * BR
         inside = row[:, None] < rows
         h = tl.load(H + row[:, None] * D + c[None, :], mask=inside & (c[None, :] < D), other=0.0).to(tl.float32)
-        e = tl.load(E + row[:, None] * K + k[None, :], mask=inside & (k[None, :] < K), other=0.0)
+        e = tl.load(E + row[:, None] * K + k[None, :], mask=inside & (k[None, :] < K), other=0.0).to(tl.float32)
         total += tl.dot(tl.trans(h), e, input_precision=PREC)
     own = partial + tl.program_id(1) * (D * K)
     tl.store(own + c[:, None] * K + k[None, :], total, mask=(c[:, None] < D) & (k[None, :] < K))

@@ -9,7 +9,8 @@ Reads n rows of d_b a token, writes m. Âᵀ H′ is not computed here: `depth` 
 reading there, where storing it here would cost n rows of writing here besides.
 
 Along d_b there are two passes over H′ (three with the norm): the coefficients must be there before anything can be
-mixed. Only the first comes from memory; BT tokens are few enough to be in the cache still at the second.
+mixed. Only the first comes from memory; BT tokens are few enough to be in the cache still at the second. Up to 4 slots
+there is one: see few.py. W_α comes as V, see projections.py.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from vwn_ref.kernels.tiles import (
 
 @triton.jit
 def read_matrix(
-    H, t, T, A, W_alpha, S_alpha, gain, eps,
+    H, t, T, V, A, S_alpha, eps,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BT: tl.constexpr,
     BD: tl.constexpr, PREC: tl.constexpr, DYNAMIC: tl.constexpr,
 ):  # fmt: skip
@@ -54,7 +55,7 @@ def read_matrix(
             c = start + tl.arange(0, BD)
             h = load_rows(H, t, T, c, N, D, NP)
             square += tl.sum(h * h, axis=2)
-            p += project(h, load_V(W_alpha, gain, c, 0, M, M + N, D, MP), PREC)
+            p += project(h, load_V(V, c, 0, M, D, MP), PREC)
     rstd = inverse_root(square, D, eps, slot_mask(t, T, N, NP) & DYNAMIC)
     C, tanh_q = coefficients(p, rstd, static, scale, DYNAMIC)
     return C, tanh_q, p, rstd, scale
@@ -62,12 +63,12 @@ def read_matrix(
 
 @triton.jit
 def width_block(
-    H, X, t, T, A, W_alpha, S_alpha, gain, norm_gain, eps, norm_eps,
+    H, X, t, T, V, A, S_alpha, norm_gain, eps, norm_eps,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BT: tl.constexpr,
     BD: tl.constexpr, MANY: tl.constexpr, PREC: tl.constexpr, DYNAMIC: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """x, or y, of the tokens `t`."""
-    C, _, _, _, _ = read_matrix(H, t, T, A, W_alpha, S_alpha, gain, eps, M, N, D, MP, NP, BT, BD, PREC, DYNAMIC)
+    C, _, _, _, _ = read_matrix(H, t, T, V, A, S_alpha, eps, M, N, D, MP, NP, BT, BD, PREC, DYNAMIC)
     if NORM:
         square = tl.zeros((BT,), tl.float32)
         for start in range(0, D, BD):
@@ -84,13 +85,13 @@ def width_block(
 
 @triton.jit
 def width_kernel(
-    H, X, A, W_alpha, S_alpha, gain, norm_gain, T, eps, norm_eps,
+    H, X, V, A, S_alpha, norm_gain, T, eps, norm_eps,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BT: tl.constexpr,
     BD: tl.constexpr, MANY: tl.constexpr, PREC: tl.constexpr, DYNAMIC: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """One block of tokens a program."""
     width_block(
-        H, X, tokens(tl.program_id(0), BT), T, A, W_alpha, S_alpha, gain, norm_gain, eps, norm_eps,
+        H, X, tokens(tl.program_id(0), BT), T, V, A, S_alpha, norm_gain, eps, norm_eps,
         M, N, D, MP, NP, BT, BD, MANY, PREC, DYNAMIC, NORM,
     )  # fmt: skip
 
@@ -109,14 +110,14 @@ def width_kernel(
 
 @triton.jit
 def width_backward_block(
-    H, G, G_add, G_H, E, norm_partial, t, T, A, W_alpha, S_alpha, gain, norm_gain, eps, norm_eps,
+    H, G, G_add, G_H, E, norm_partial, t, T, V, A, S_alpha, norm_gain, eps, norm_eps,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BT: tl.constexpr,
     BD: tl.constexpr, MANY: tl.constexpr, PREC: tl.constexpr, DYNAMIC: tl.constexpr, NORM: tl.constexpr,
     ADD: tl.constexpr,
 ):  # fmt: skip
     """g_H′ (plus G_add, what else flows into H′) and rstd · e of the tokens `t` -> Σ E, Σ E ∘ tanh, [NP, MP]."""
     C, tanh_q, p, rstd, scale = read_matrix(
-        H, t, T, A, W_alpha, S_alpha, gain, eps, M, N, D, MP, NP, BT, BD, PREC, DYNAMIC
+        H, t, T, V, A, S_alpha, eps, M, N, D, MP, NP, BT, BD, PREC, DYNAMIC
     )  # fmt: skip
     first = tl.zeros_like(t)  # a parameter is one token of rows
     dC = tl.zeros((BT, NP, MP), tl.float32)
@@ -156,7 +157,7 @@ def width_backward_block(
             g = rstd_x[:, None, None] * g * gamma - pull_x[:, None, None] * x
         g_h = unmix(C, g, MANY, PREC)
         if DYNAMIC:
-            g_h += spread(e, load_V(W_alpha, gain, c, 0, M, M + N, D, MP), MANY, PREC) - pull[:, :, None] * h
+            g_h += spread(e, load_V(V, c, 0, M, D, MP), MANY, PREC) - pull[:, :, None] * h
         if ADD:
             g_h += load_rows(G_add, t, T, c, N, D, NP)
         store_rows(G_H, g_h, t, T, c, N, D, NP)
@@ -165,7 +166,7 @@ def width_backward_block(
 
 @triton.jit
 def width_backward_kernel(
-    H, G, G_add, G_H, E, partial, norm_partial, A, W_alpha, S_alpha, gain, norm_gain, T, eps, norm_eps,
+    H, G, G_add, G_H, E, partial, norm_partial, V, A, S_alpha, norm_gain, T, eps, norm_eps,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BT: tl.constexpr,
     BD: tl.constexpr, MANY: tl.constexpr, PREC: tl.constexpr, DYNAMIC: tl.constexpr, NORM: tl.constexpr,
     ADD: tl.constexpr,
@@ -176,7 +177,7 @@ def width_backward_kernel(
     sum_ET = tl.zeros((NP, MP), tl.float32)
     for block in range(program, tl.cdiv(T, BT), programs):
         a, b = width_backward_block(
-            H, G, G_add, G_H, E, norm_partial + program * (M * D), tokens(block, BT), T, A, W_alpha, S_alpha, gain,
+            H, G, G_add, G_H, E, norm_partial + program * (M * D), tokens(block, BT), T, V, A, S_alpha,
             norm_gain, eps, norm_eps, M, N, D, MP, NP, BT, BD, MANY, PREC, DYNAMIC, NORM, ADD,
         )  # fmt: skip
         sum_E += a

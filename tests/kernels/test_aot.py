@@ -42,9 +42,10 @@ def test_every_kernel_compiles_fits_and_does_not_spill(compiled):
     assert {row["kernel"] for row in rows} == set(aot.KERNELS) and {row["target"] for row in rows} == set(aot.TARGETS)
     for row in rows:
         assert "error" not in row and 0 < row["registers"] <= 512, row
-        assert 0 < row["shared"] <= aot.TARGETS[row["target"]][1], row
+        assert 0 <= row["shared"] <= aot.TARGETS[row["target"]][1], row
         assert row["spilled"] == 0 or row["target"] != "sm_90", row
-        assert row["target"] == "gfx942" or 100 < row["instructions"] < 20_000, row
+        counted = row["target"] != "gfx942" and row["kernel"] not in aot.ONCE
+        assert 100 < row["instructions"] < 20_000 if counted else "instructions" not in row, row
         assert aot.line(row) in done.stdout
 
 
@@ -54,12 +55,12 @@ def test_what_is_kept_is_not_compiled_again_unless_it_changed_and_spills_show(co
     code = f"""
         import sys
         from pathlib import Path
-        from vwn_ref.kernels import aot, fused
+        from vwn_ref.kernels import aot, launch
         path = Path({str(folder / "aot.json")!r})
         sys.argv = ["aot", "--covering", "--out", str(path)]
         assert aot.main() == 0
-        fused.tile = lambda *shape: fused.Tile(16, 128, 1)  # a tile too large for one warp
-        job = aot.Job("depth", 2, 3, 1024, "bf16", "sm_90", dynamic=False)
+        launch.tile = lambda *shape: launch.Tile(16, 128, 1)  # a tile too large for one warp
+        job = aot.Job("last", 2, 3, 1024, "bf16", "sm_90", dynamic=False)
         assert aot.digest(job) != aot.read(path).get(job, {{}}).get("digest")
         row = aot.compile_one(job)
         print("FAULT", aot.faults(row))
@@ -88,11 +89,11 @@ SASS = """
 
 def test_instructions_by_hand():
     # the inner loop is two instructions long; the outer one has seven, the inner one's first turn included
-    assert aot.instructions(SASS, 5, "width_backward") == 7 + 4 * 2
-    assert aot.instructions(SASS, 1, "weights") == 7
+    assert aot.instructions(SASS, 5, "width_backward_kernel") == 7 + 4 * 2
+    assert aot.instructions(SASS, 1, "weights_kernel") == aot.instructions(SASS, 1, "few_width_kernel") == 7
     # forward there is no loop over blocks: all ten, four more turns of the loop along d_b, and in each of its five
     # turns two more of the inner one
-    assert aot.instructions(SASS, 5, "width", 3) == 10 + 4 * 7 + 5 * 2 * 2
+    assert aot.instructions(SASS, 5, "width_kernel", 3) == 10 + 4 * 7 + 5 * 2 * 2
 
 
 @pytest.mark.parametrize(
@@ -114,7 +115,7 @@ def test_what_counts_as_a_fault(change, fault):
 
 def test_the_kept_table_is_without_faults(monkeypatch):
     """It may hold a part of all, and rows of code that has changed since: `make test-kernels` compiles the rest."""
-    monkeypatch.setattr(aot.fused, "INTERPRETED", False)  # then other kernels are launched than on a GPU
+    monkeypatch.setattr(aot.launch, "INTERPRETED", False)  # then other kernels are launched than on a GPU
     rows = json.loads(KEPT.read_text())["rows"]
     kept = {aot.job_of(row) for row in rows}
     assert kept <= set(aot.everything())
@@ -133,7 +134,7 @@ def test_the_kept_table_of_an_older_triton():
         assert not row["spilled"] or small, aot.line(row)
 
 
-@pytest.mark.skipif(not aot.fused.INTERPRETED, reason="nothing is interpreted here")
+@pytest.mark.skipif(not aot.launch.INTERPRETED, reason="nothing is interpreted here")
 def test_interpreted_kernels_are_refused(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["aot"])
     with pytest.raises(SystemExit, match="2"):

@@ -59,17 +59,19 @@ def test_minimal_bytes_are_those_of_the_tensors(op):
 
 
 @pytest.mark.parametrize(
-    "op, one_kernel, rows, coefficients",
+    "op, way, rows, coefficients",
     [
-        ("width", True, 3 * 3 + 2, 3 * 2),
-        ("depth", True, 4 * 3 + 2 * 2, 3 * 5),
-        ("step", True, 6 * 3 + 3 * 2, 3 * 5 + 3 * 2),  # H′ and the new state twice: once by weights_kernel
-        ("step", False, (3 * 3 + 2) + (3 * 3 + 2 * 2) + 2 * 3, 3 * 5 + 3 * 2),  # width, which adds; depth; weights
+        ("width", {}, 3 * 3 + 2, 3 * 2),
+        ("depth", {}, 4 * 3 + 2 * 2, 3 * 5),
+        ("step", {}, 6 * 3 + 3 * 2, 3 * 5 + 3 * 2),  # H′ and the new state twice: once by weights_kernel
+        ("step", {"mixes_again": True}, 5 * 3 + 3 * 2, 3 * 5 + 3 * 2),  # H′ twice, the new state by weights_kernel
+        ("step", {"one_kernel": False}, (3 * 3 + 2) + (3 * 3 + 2 * 2) + 2 * 3, 3 * 5 + 3 * 2),  # width, depth, weights
     ],
+    ids=str,
 )
-def test_bytes_of_our_backward_kernels_by_hand(op, one_kernel, rows, coefficients):
-    found = bench.kernel_bytes(op, "backward", 2, 3, 512, 1, 2, one_kernel)
-    assert found == rows * 512 * 2 + coefficients * 4 * 2
+def test_bytes_of_our_backward_kernels_by_hand(op, way, rows, coefficients):
+    found = bench.kernel_bytes(op, "backward", 2, 3, 512, 1, 2, **way)
+    assert found == rows * 512 * 2 + 2 * coefficients * 4  # bytes; e is written and read
 
 
 def test_the_plain_model_leaves_room():

@@ -33,7 +33,8 @@ pytestmark = [
 # Root-mean-square errors relative to the tensor, as everywhere.
 # bfloat16: each store rounds by 1.1e-3 in the mean square, eight of them lie between the first input and the last
 # gradient, and tanh' and the norms spread what they leave. The interpreter gives up to 1.0e-2 for 40 to 400 tokens, for
-# gradients of single tokens as for those of parameters; here coefficients are rounded too, to 2⁻¹¹ (tf32).
+# gradients of single tokens as for those of parameters (1.3e-2 for a gain at (8, 64)); here coefficients are rounded
+# too, to 2⁻¹¹ (tf32).
 # float32: up to 4e-7 there, with exact products. tf32x3 leaves 2⁻²² of each, and sums have up to 10⁵ terms. A factor
 # rounded to plain tf32 by mistake would be 3e-4.
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 2e-5}
@@ -58,6 +59,12 @@ def memory_given_back():
         *((*shape, 1024, tokens, dtype) for tokens in (4096, 16384) for shape in SHAPES for dtype in TOLERANCE),
         *((*shape, 4096, 4096, torch.bfloat16) for shape in SHAPES),  # the widest that bench.py times
         (2, 3, 1024, 4099, torch.bfloat16),  # a last block that is not full
+        (2, 3, 4096, 4096, torch.float32),  # rows of a token over eight warps
+        (2, 4, 2048, 4096, torch.bfloat16),  # over four, and half as many columns each
+        (1, 4, 1024, 4096, torch.bfloat16),
+        (3, 4, 768, 4096, torch.bfloat16),
+        (2, 3, 1000, 4096, torch.bfloat16),  # part of a row is padding
+        (2, 3, 12288, 1024, torch.bfloat16),  # rows that are too long for the registers: walks
     ],
     ids=str,
 )
@@ -205,9 +212,12 @@ def test_operators_pass_opcheck():
 EVERY_KERNEL = """
     import torch
     from torch import nn
-    from vwn_ref.kernels import fused
-    for m, n in ((2, 4), (4, 8), (8, 64)):
-        d, k = 24, m + n
+    from vwn_ref.kernels import fused, launch
+    rows = launch.whole_rows
+    # rows in one warp and in two, walks for few slots, and for more
+    for m, n, d, walk in ((2, 4, 24, False), (2, 4, 520, False), (2, 4, 24, True), (4, 8, 24, True), (8, 64, 24, True)):
+        launch.whole_rows = (lambda *_, **options: 0) if walk else rows
+        k = m + n
         shapes = [(n, k), (m, n), (d, k), (d, m), (n, k), (m, n), (d,)]
         own = fused.Parameters(*(torch.randn(s, device="cuda", requires_grad=True) for s in shapes))
         for dtype in (torch.bfloat16, torch.float32):

@@ -102,7 +102,8 @@ def row(kernel, instructions, m=2, n=4, **other):
 def test_limits_by_hand():
     """d_b = 512: a row has 1,024 bytes. width reads 4 rows and writes 2: 6,144 bytes, 1.834 ns."""
     found = report.limit([row("width", 3840), row("width", 1, dtype="fp32")], "width", "forward", 2, 4, 1024)
-    assert found.moving == pytest.approx(6144 / 3350) and found.starting == pytest.approx(3840 * 64 / 67e3)
+    assert found.least == pytest.approx(6144 / 3350) and found.starting == pytest.approx(3840 * 64 / 67e3)
+    assert found.moving == found.least  # a forward kernel moves no more
     assert found.share == pytest.approx((6144 / 3350) / (3840 * 64 / 67e3))
     assert report.limit([row("width", 100)], "width", "forward", 2, 4, 1024).share == 1.0
     assert report.limit([row("width", 100)], "depth", "forward", 2, 4, 1024) is None
@@ -114,7 +115,10 @@ def test_limits_of_a_step_backward():
     for rows, count in (([row("step_backward", 2500), *two], 2500), (two, 3000)):
         found = report.limit(rows, "step", "backward", 2, 4, 1024)
         assert found.starting == pytest.approx(count * 64 / 67e3)
-        assert found.moving == pytest.approx((3 * 4 + 3 * 2) * 1024 / 3350)
+        assert found.least == pytest.approx((3 * 4 + 3 * 2) * 1024 / 3350)
+        slots, e = 5 * 4 + 3 * 2 + (0 if count == 2500 else 2 * 4), 4 * (2 * 2 + 4)  # g between two kernels
+        assert found.moving == pytest.approx((slots * 1024 + 2 * 4 * e) / 3350)
+        assert found.share == pytest.approx(found.least / max(found.moving, found.starting))
     assert report.limit(two[:1], "step", "backward", 2, 4, 1024) is None
     for op, direction in (("depth", "backward"), ("last", "backward"), ("step", "forward")):
         assert report.limit([two[0], row("depth_backward", 2000, D=2048)], op, direction, 2, 4, 1024) is None
@@ -124,8 +128,8 @@ def test_limits_of_a_step_backward():
 
 def test_limits_stand_beside_their_targets():
     lines = report.limits([row("depth", 3350, m=2, n=3), row("width", 3350, m=2, n=3)]).splitlines()
-    assert len(lines) == 4 and lines[2].startswith("| width (2, 3), forward | 3,350 | 3.2 | 1.5 | 48% | – |")
-    assert lines[3] == "| depth (2, 3), forward | 3,350 | 3.2 | 2.4 | 76% | 85% |"
+    assert len(lines) == 4 and lines[2].startswith("| width (2, 3), forward | 3,350 | 3.2 | 1.5 | 1.5 | 48% | – |")
+    assert lines[3] == "| depth (2, 3), forward | 3,350 | 3.2 | 2.4 | 2.4 | 76% | 85% |"
 
 
 def test_notes_say_what_the_kept_table_says():

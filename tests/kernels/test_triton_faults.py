@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 import test_triton_values as values
 import torch
-from vwn_ref.kernels import fused
+from vwn_ref.kernels import fused, launch
 
-FILES = ("tiles", "width", "depth", "step", "last", "weights")  # in the order in which they stand on each other
+# In the order in which they stand on each other
+FILES = ("projections", "tiles", "rows", "few", "width", "depth", "step", "last", "weights", "finish")
 
 # name -> file, what is there, what is put in its place, and a tensor that must come out wrong (None: any)
-FAULTS = {
+FAULTS_OF_WALKS = {
     "a missing mask": (
         "tiles", "tl.load(pointer + offsets, mask=row_mask(t, T, c, R, D, RP, first)",
         "tl.load(pointer + offsets, mask=row_mask(t, T, c, R, D + 1, RP, first)", None,
@@ -38,7 +39,35 @@ FAULTS = {
     "the gradient of the state that goes on lost": (
         "width", "g_h += load_rows(G_add", "g_h += 0.0 * load_rows(G_add", "g_z0"
     ),
+    "a dropped program's sums": ("finish", "total += tl.sum(x", "total = tl.sum(x", "g_A0"),
+    "a dropped part of g_V": ("finish", "g_V += tl.sum(x", "g_V = tl.sum(x", "g_W_alpha0"),
+    "what is the other's not 0": ("finish", "tl.where(carry, total, 0.0)", "total", "g_A0"),
+    "the gain twice in its own gradient": ("finish", "tl.sum(g_V * w", "tl.sum(g_W * w", "g_gain0"),
     "the variance of slots for that of groups": ("last", "+ D * away * away", "", "out"),
+}  # fmt: skip
+# Where a token's rows stay in registers
+FAULTS_OF_ROWS = {
+    "a missing mask of a row": ("rows", "mask=c < D, other", "mask=c < D + 1, other", None),
+    "sums in another order": (
+        "rows", "split_all(a, Q // 2) + split_all(b, Q // 2)", "split_all(b, Q // 2) + split_all(a, Q // 2)", "x0"
+    ),
+    "numbers in another order": ("rows", "(2, P // 2)), (1, 0))", "(P // 2, 2)), (0, 1))", "x0"),
+    "1/rms of another slot": ("rows", "tl.where(slot == i, numbers[i]", "tl.where(slot == i, numbers[0]", "x0"),
+    "B with its strides swapped": ("few", "B + (k - N) * N + i", "B + (k - N) + i * M", "out"),
+    "a projection's other column": ("projections", "W_alpha + c * (M + N) + M + k", "W_alpha + c * (M + N) + k", "x1"),
+    "a projection on top of another": (
+        "projections", "first: tl.constexpr = N + M if DEPTH else 0", "first: tl.constexpr = 0", None
+    ),
+    "tanh left out of the backward, in registers": ("few", " * (1.0 - tanh_q * tanh_q)", "", "g_W_alpha0"),
+    "RMSNorm of the slot not differentiated": ("few", "g_h[i] - pull * h[i]", "g_h[i]", "g_H"),
+    "the norm of x not differentiated": ("few", " - pull_x * x[k]", "", "g_H"),
+    "the gradient that goes on lost": ("few", "load_row(G_add, i, D, BD)", "0.0 * row", "g_z0"),
+    "one token's gradient of the norm's gain": ("rows", "before[k] + row", "row", "g_norm1"),
+    "one token's gradient of A": ("few", "sum_E += dC", "sum_E = dC", "g_A0"),
+    "one token's gradient of S": ("few", "sum_ET += dC * tanh_q", "sum_ET = dC * tanh_q", "g_S_alpha0"),
+    "e in another order": ("few", "place % N * K + place // N", "place", "g_W_alpha0"),
+    "a transpose": ("few", "combine(c, h, k * N, 1)", "combine(c, h, k, N)", "out"),
+    "a transpose in the backward": ("few", "combine(c, g, i, N)", "combine(c, g, i * N, 1)", "g_H"),
 }  # fmt: skip
 # The same, where the kernels keep sums and matrices in memory
 FAULTS_OF_MANY = {
@@ -51,8 +80,9 @@ FAULTS_OF_MANY = {
     "another token's matrix": ("depth", "load_matrix(parked, own_t,", "load_matrix(parked, own_t * 0,", "g_H"),
 }  # fmt: skip
 
-CASE = (2, 4, 20, (3,), torch.float32)  # 20 columns: a second chunk of BD = 16, and part of it is padding
-CASE_OF_MANY = (2, 18, 20, (3,), torch.float32)
+FAULTS = FAULTS_OF_WALKS | FAULTS_OF_ROWS | FAULTS_OF_MANY
+CASE = (2, 4, 20, (5,), torch.float32)  # 20 columns: a second chunk of BD = 16, and part of it is padding
+CASE_OF_MANY = (2, 18, 20, (5,), torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -62,16 +92,22 @@ def wanted():
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Several blocks a program and several chunks: what is added up, is added up more than once."""
-    monkeypatch.setattr(fused, "tile", lambda kernel, *shape: fused.Tile(2, 16, 1))
-    weight_sizes = fused.weight_sizes
-    monkeypatch.setattr(fused, "weight_sizes", lambda *a: weight_sizes(*a) | {"BR": 4})
-    monkeypatch.setattr(fused, "programs", lambda device, many: 1)
+    """Several blocks a program (two share them) and several chunks: what is added up, is added up more than once."""
+    monkeypatch.setattr(launch, "tile", lambda *_: launch.Tile(2, 16, 1))
+    weight_sizes = launch.weight_sizes
+    monkeypatch.setattr(launch, "weight_sizes", lambda *a: weight_sizes(*a) | {"BR": 4})
+    finish_sizes = launch.finish_sizes
+    monkeypatch.setattr(launch, "finish_sizes", lambda *a: finish_sizes(*a) | {"BE": 8, "BP": 1, "BS": 1})
+
+
+def walk(monkeypatch):
+    """Along d_b, as where a row is too long for the registers."""
+    monkeypatch.setattr(launch, "whole_rows", lambda *_: 0)
 
 
 def load_kernels(folder: Path, fault: str | None, monkeypatch) -> None:
     """Put the kernels of the changed sources in the place of those that `fused` launches."""
-    changed, old, new, _ = (FAULTS | FAULTS_OF_MANY)[fault] if fault else (None, "", "", None)
+    changed, old, new, _ = FAULTS[fault] if fault else (None, "", "", None)
     for name in FILES:
         source = Path(fused.__file__).with_name(f"{name}.py").read_text()
         if name == changed:
@@ -84,8 +120,9 @@ def load_kernels(folder: Path, fault: str | None, monkeypatch) -> None:
         monkeypatch.setitem(sys.modules, spec.name, module)  # the files after it import from it
         spec.loader.exec_module(module)
         for kernel in vars(module):
-            if kernel.endswith("_kernel"):
-                monkeypatch.setattr(fused, kernel, getattr(module, kernel))
+            for launches in (fused, launch):
+                if kernel.endswith("_kernel") and hasattr(launches, kernel):
+                    monkeypatch.setattr(launches, kernel, getattr(module, kernel))
 
 
 def errors(found, wanted) -> set[str]:
@@ -99,16 +136,21 @@ def errors(found, wanted) -> set[str]:
     return wrong
 
 
-@pytest.mark.parametrize("case", [CASE, CASE_OF_MANY], ids=["few", "many"])
-def test_without_a_fault_nothing_is_wrong(tmp_path, monkeypatch, small_tiles, wanted, case):
+@pytest.mark.parametrize("way", ["walks", "rows", "many"])
+def test_without_a_fault_nothing_is_wrong(tmp_path, monkeypatch, small_tiles, wanted, way):
     load_kernels(tmp_path, None, monkeypatch)
+    case = CASE_OF_MANY if way == "many" else CASE
+    if way == "walks":
+        walk(monkeypatch)
     assert errors(values.two_sublayers(fused, *case), wanted[case]) == set()
 
 
 @pytest.mark.skipif(values.DEVICE == "cuda", reason="a missing mask reads what is not ours: in the interpreter only")
-@pytest.mark.parametrize("fault", [*FAULTS, *FAULTS_OF_MANY])
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_found(tmp_path, monkeypatch, small_tiles, wanted, fault):
     load_kernels(tmp_path, fault, monkeypatch)
-    case, must = (CASE, FAULTS[fault][3]) if fault in FAULTS else (CASE_OF_MANY, FAULTS_OF_MANY[fault][3])
+    case, must = CASE_OF_MANY if fault in FAULTS_OF_MANY else CASE, FAULTS[fault][3]
+    if fault in FAULTS_OF_WALKS:
+        walk(monkeypatch)
     wrong = errors(values.two_sublayers(fused, *case), wanted[case])
     assert wrong and (must is None or must in wrong), f"wrong were: {sorted(wrong)}"

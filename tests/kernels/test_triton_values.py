@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from triton.runtime.interpreter import InterpreterBuilder
 from vwn_ref.kernels import fused, tiles
+from vwn_ref.kernels import launch as launching
 
 from vwn_ref import dynamic, ghc
 from vwn_ref.config import VWNConfig
@@ -24,8 +25,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Root-mean-square errors relative to the tensor. float32: rounding to 6e-8 in sums of up to 33 tokens times 96 columns;
 # measured at most 5e-7. 16-bit states: every state, x, z and gradient is rounded as it is stored, to 2⁻⁹ (bfloat16) or
 # 2⁻¹² (float16), some eight times on the way through two sublayers, and a sum over few tokens may cancel; measured at
-# most 9.7e-3 and 1.1e-3. The reference rounds nothing. What a wrong formula does, test_triton_faults.py shows.
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+# most 1.0e-2 and 1.1e-3, and 1.6e-2 for the gain's gradient at (8, 64), where e is rounded to bfloat16 too. The
+# reference rounds nothing. What a wrong formula does, test_triton_faults.py shows.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 SHAPES = [(1, 1), (1, 4), (2, 3), (3, 5), (4, 8), (5, 7), (8, 64)]
 COLUMNS = [8, 12, 40, 64, 96]
@@ -156,22 +158,82 @@ def test_two_sublayers_with_their_norms(m, n, d, tokens, dtype, static):
     assert_close(two_sublayers(fused, *case, **options), two_sublayers(Reference, *case, **options), TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize(
+    "m, n, d, tokens, dtype, static",
+    [
+        (1, 1, 8, 7, torch.float32, False),
+        (1, 4, 12, 5, torch.bfloat16, False),
+        (2, 3, 96, 7, torch.float32, False),
+        (2, 4, 40, 5, torch.float16, False),
+        (3, 3, 12, 3, torch.float32, True),
+    ],
+    ids=str,
+)
+def test_few_slots_by_walks_along_long_rows(monkeypatch, m, n, d, tokens, dtype, static):
+    monkeypatch.setattr(launching, "whole_rows", lambda *_: 0)
+    case, options = (m, n, d, (tokens,), dtype), {"static": static, "groups": n % m == 0}
+    assert_close(two_sublayers(fused, *case, **options), two_sublayers(Reference, *case, **options), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(
+    "m, n, d, bits, warps",
+    [
+        (2, 3, 1, 16, 1), (2, 3, 512, 16, 1), (2, 3, 513, 16, 2), (2, 3, 4096, 16, 8), (2, 3, 4097, 16, 0),
+        (2, 3, 512, 32, 2), (2, 2, 512, 32, 1), (1, 4, 2048, 16, 8), (1, 4, 4096, 16, 0), (4, 5, 64, 16, 0),
+        (5, 4, 64, 16, 0),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_whose_rows_stay_in_registers(m, n, d, bits, warps):
+    assert launching.whole_rows(m, n, d, bits) == warps
+    forward = launching.whole_rows(m, n, d, bits, backward=False)
+    assert forward in (warps, warps / 2) and bool(forward) == bool(warps)
+
+
+def test_projections():
+    case = helpers.case(2, 3, 133, (1,), torch.float32)  # a second block of columns, and part of it is padding
+    H, _, _, W_alpha, W_beta, _, _, gain = (t.to(DEVICE) for t in case.inputs)
+    launch = launching.Launch(H, 2, dynamic=True)
+    depth, width = (W_alpha, W_beta, gain), (W_alpha.flip(0), gain.flip(0))
+    V = torch.cat([W_alpha[:, 2:], W_beta], dim=1).mul(gain[:, None]).mT * 133**-0.5
+    V_next = (width[0][:, :2] * width[1][:, None]).mT * 133**-0.5
+    for found, wanted in (
+        (launch.projections(depth=depth), V),
+        (launch.projections(width=width), V_next),
+        (launch.projections(depth, width), torch.cat([V, V_next])),
+    ):
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("m, n", [(2, 3), (4, 8)], ids=str)
+def test_a_step_is_a_depth_and_a_width(m, n):
+    """To the last bit: x is read from the state as it is stored, rounded."""
+    case = helpers.case(m, n, 24, (5,), torch.bfloat16)
+    H, *parameters = (t.to(DEVICE) for t in case.inputs)
+    state = fused.State(H, fused.Parameters(*parameters), helpers.EPS)
+    following = fused.Parameters(*(p.flip(-1) for p in parameters))
+    x, new = fused.step(case.z.to(DEVICE), state, following, helpers.EPS)
+    H_next = fused.depth(case.z.to(DEVICE), state)
+    assert torch.equal(new.H, H_next)
+    assert torch.equal(x, fused.enter(H_next, following, helpers.EPS)[0])
+
+
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 def test_a_step_backward_of_two_kernels(monkeypatch, static):
-    monkeypatch.setattr(fused, "fuses_step_backward", lambda n, bits: False)
+    monkeypatch.setattr(fused, "fuses_step_backward", lambda *shape: False)
     case = (2, 4, 12, (7,), torch.float32)
     found, wanted = (two_sublayers(ops, *case, static=static) for ops in (fused, Reference))
     assert_close(found, wanted, TOLERANCE[torch.float32])
 
 
-@pytest.mark.skipif(not fused.INTERPRETED, reason="the Triton that is here decides")
+@pytest.mark.skipif(not launching.INTERPRETED, reason="the Triton that is here decides")
 @pytest.mark.parametrize("m, n, BT", [(4, 8, 2), (5, 7, 4), (4, 8, 1), (3, 9, 2)], ids=str)
 def test_as_before_triton_3_8(m, n, BT, monkeypatch):
     """Where `tl.dot` takes no sum of 8: several tokens on the diagonal of one product; a single one has 16 slots."""
     monkeypatch.setattr(tiles, "per_token", tiles.per_token_on_diagonal)
     monkeypatch.setattr(tiles, "project", tiles.project_on_diagonal)
-    monkeypatch.setattr(fused, "LEAST_SUM", 16)
-    monkeypatch.setattr(fused, "tile", lambda *_: fused.Tile(BT, 16, 1))
+    monkeypatch.setattr(launching, "LEAST_SUM", 16)
+    monkeypatch.setattr(launching, "tile", lambda *_: launching.Tile(BT, 16, 1))
     sums, product = [], InterpreterBuilder.create_dot
     note = lambda self, X, *rest: sums.append(X.data.shape[-1]) or product(self, X, *rest)  # noqa: E731
     monkeypatch.setattr(InterpreterBuilder, "create_dot", note)

@@ -1,0 +1,78 @@
+"""The gradients of a GHC's parameters, from what the programs of a backward pass leave behind.
+
+    Σ E and Σ E ∘ tanh     [P, 2, n, K] of P programs     -> g_A and g_S_α, with a depth also g_B and g_S_β
+    Σ H′ᵀ e = g_V          [S, d_b, K] of weights.py      -> g_W = g_V ∘ gain / τ, g_gain = Σ_k g_V ∘ W / τ
+
+A depth has K = n + m columns, those of Â and Bᵀ, and a width m, those of Å. A, S_α and W_α belong to both: the columns
+that are the other's become 0 here, and autograd adds the two up. Sums run over P or S in the same order every time.
+As PyTorch operations this was some twenty small kernels for a depth.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def coefficients_gradient_kernel(
+    partial, stride, P, g_A, g_B, g_S_alpha, g_S_beta,
+    M: tl.constexpr, N: tl.constexpr, BP: tl.constexpr, BE: tl.constexpr, DEPTH: tl.constexpr, DYNAMIC: tl.constexpr,
+):  # fmt: skip
+    """BE elements of [n, n + m] a program; the sums of a program are `stride` numbers from the last one's."""
+    K: tl.constexpr = N + M if DEPTH else M
+    e = tl.program_id(0) * BE + tl.arange(0, BE)
+    i, k = e // (M + N), e % (M + N)
+    inside = i < N
+    for which in tl.static_range(2 if DYNAMIC else 1):
+        total = tl.zeros((BE,), tl.float32)
+        for start in range(0, P, BP):
+            p = start + tl.arange(0, BP)[:, None]
+            x = tl.load(
+                partial + p * stride + (which * N + i[None, :]) * K + k[None, :],
+                mask=(p < P) & (inside & (k < K))[None, :],
+                other=0.0,
+            )
+            total += tl.sum(x, axis=0)
+        of_A = g_A if which == 0 else g_S_alpha
+        if DEPTH:  # k of K are n of Â, then m of Bᵀ; in A the m columns before those of Â are Å's
+            of_B = g_B if which == 0 else g_S_beta
+            carry = k < N
+            column = tl.where(carry, M + k, k - N)
+            tl.store(of_A + i * (M + N) + column, tl.where(carry, total, 0.0).to(of_A.dtype.element_ty), mask=inside)
+            tl.store(of_B + (k - N) * N + i, total.to(of_B.dtype.element_ty), mask=inside & (k >= N))
+        else:
+            tl.store(of_A + i * (M + N) + k, total.to(of_A.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def projections_gradient_kernel(
+    partial, S, W_alpha, W_beta, gain, g_W_alpha, g_W_beta, g_gain,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, KP: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
+    DEPTH: tl.constexpr,
+):  # fmt: skip
+    """BD rows of W a program, and all their columns."""
+    K: tl.constexpr = N + M if DEPTH else M
+    c = tl.program_id(0) * BD + tl.arange(0, BD)[:, None]
+    k = tl.arange(0, KP)[None, :]
+    inside = (c < D) & (k < N + M)
+    g_V = tl.zeros((BD, KP), tl.float32)
+    for start in range(0, S, BS):
+        s = start + tl.arange(0, BS)[:, None, None]
+        x = tl.load(partial + (s * D + c[None]) * K + k[None], mask=(s < S) & (inside & (k < K))[None], other=0.0)
+        g_V += tl.sum(x, axis=0)
+    g_V = g_V * (1.0 / tl.sqrt(D * 1.0))
+    g_W = g_V * tl.load(gain + c, mask=c < D, other=0.0).to(tl.float32)
+    if DEPTH:
+        carry = k < N
+        column = tl.where(carry, M + k, k - N)
+        w = tl.load(W_alpha + c * (M + N) + column, mask=inside & carry, other=0.0).to(tl.float32)
+        w += tl.load(W_beta + c * M + (k - N), mask=inside & (k >= N), other=0.0).to(tl.float32)
+        of_alpha = tl.where(carry, g_W, 0.0).to(g_W_alpha.dtype.element_ty)
+        tl.store(g_W_alpha + c * (M + N) + column, of_alpha, mask=inside)
+        tl.store(g_W_beta + c * M + (k - N), g_W.to(g_W_beta.dtype.element_ty), mask=inside & (k >= N))
+    else:
+        w = tl.load(W_alpha + c * (M + N) + k, mask=inside & (k < M), other=0.0).to(tl.float32)
+        tl.store(g_W_alpha + c * (M + N) + k, g_W.to(g_W_alpha.dtype.element_ty), mask=inside)
+    row = tl.sum(g_V * w, axis=1, keep_dims=True)
+    tl.store(g_gain + c, row.to(g_gain.dtype.element_ty), mask=c < D)

@@ -1,0 +1,290 @@
+"""How the Triton kernels are started: block sizes, numbers of programs, and the memory that they share.
+
+Which kernel runs for a shape, `whole_rows` decides: those of few.py, or those that walk along d_b. `last` always walks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton import next_power_of_2
+from vwn_ref.kernels.depth import own_size
+from vwn_ref.kernels.finish import coefficients_gradient_kernel, projections_gradient_kernel
+from vwn_ref.kernels.projections import projections_kernel
+from vwn_ref.kernels.rows import in_order
+from vwn_ref.kernels.tiles import LEAST_SUM
+from vwn_ref.kernels.weights import weights_kernel
+
+INTERPRETED = type(weights_kernel).__name__ == "InterpretedFunction"
+
+
+class Tile(NamedTuple):
+    """Block sizes of a launch: see `vwn_ref.kernels.tiles`."""
+
+    BT: int
+    BD: int
+    num_warps: int
+    num_stages: int = 3  # Triton's own: loads of the next two chunks are under way; 1 holds fewer registers
+
+
+def is_many(n: int) -> bool:
+    """Whether sums over slots go to the tensor cores: see `vwn_ref.kernels.tiles`."""
+    return n > 4
+
+
+def whole_rows(m: int, n: int, d: int, bits: int, backward: bool = True) -> int:
+    """Warps that hold a token's rows, whole, in their registers: see `vwn_ref.kernels.few`. 0 where nothing does, and
+    the other kernels walk along d_b.
+
+    A warp takes 512 columns, 16 for each thread, or half of that: backward where 2n + m rows would spill, forward for
+    4 slots, since fewer than 16 warps would be on a multiprocessor.
+    """
+    if is_many(n) or m > 4:
+        return 0
+    wide = 2 * n + m <= (8 if bits == 16 else 6) if backward else n <= 3
+    warps = max(1, next_power_of_2(d) // (512 if wide else 256))
+    return warps if warps <= 8 and (backward or whole_rows(m, n, d, bits)) else 0
+
+
+def tile(kernel: str, m: int, n: int, d: int, bits: int) -> Tile:
+    """One good choice a kernel, the same for every number of tokens, among those that `vwn_ref.kernels.aot` compiles
+    without spilling registers. Which is fastest, `vwn_ref.kernels.bench` says where there is a GPU.
+
+    As a rule one warp a program, so that no warp waits for another, and several tokens, so that one load of the
+    projections serves them all. More than 16 slots: four or more warps, which share a token's matrix products.
+    """
+    if INTERPRETED:  # every operation of every program costs the same there: few programs, and more than one chunk
+        tile = Tile(8 if n <= 8 else 4, 32, 1)
+    elif kernel.startswith("weights"):
+        tile = Tile(1, 64, 4 if m + n <= 64 else 8)
+    else:
+        name = kernel.removesuffix("_kernel")
+        tile = _TILES[name if (name, bits) in _TILES else "forward", bits][_kind(n)]
+    most = next_power_of_2(d)
+    if n > 16 and kernel.endswith("backward_kernel"):
+        most //= 2  # a single chunk is no loop: the compiler loads all matrices at once, and spills
+    elif n > 16 and d > 256:
+        most = 64  # chunks of 128 are worth it for short rows; two of them do not fit an AMD GPU's shared memory
+    return tile._replace(BD=max(16, min(tile.BD, most)))
+
+
+def _kind(n: int) -> int:
+    return 0 if not is_many(n) else 1 if n <= 8 else 2 if n <= 16 else 3
+
+
+# (kernel, bits of the state) -> for n ≤ 4, n ≤ 8, n ≤ 16, more. Tiles that do not spill on an H100 and load at least a
+# chunk ahead, where there is one that does both; of these, those with the fewest instructions a token: see NOTES.md.
+_TILES = {
+    ("width", 16): (Tile(4, 64, 1), Tile(2, 64, 1, 2), Tile(2, 64, 1, 2), Tile(1, 128, 4, 2)),
+    ("depth", 16): (Tile(4, 64, 1), Tile(2, 64, 1, 2), Tile(2, 64, 1, 3), Tile(1, 128, 4, 2)),
+    ("step", 16): (Tile(4, 32, 1), Tile(2, 64, 1, 2), Tile(2, 64, 1, 2), Tile(1, 128, 4, 2)),
+    ("last", 16): (Tile(4, 64, 1), Tile(2, 32, 1, 2), Tile(1, 64, 1, 2), Tile(1, 128, 4, 2)),
+    ("last", 32): (Tile(4, 32, 1), Tile(2, 32, 1), Tile(1, 32, 1), Tile(1, 32, 4)),
+    ("forward", 32): (Tile(4, 32, 1), Tile(2, 32, 1), Tile(1, 32, 1), Tile(1, 32, 4)),
+    ("width_backward", 16): (Tile(2, 32, 1), Tile(2, 32, 1, 2), Tile(2, 32, 1, 2), Tile(1, 64, 4, 2)),
+    ("width_backward", 32): (Tile(2, 16, 1), Tile(2, 16, 1), Tile(1, 32, 1), Tile(1, 32, 4)),
+    ("depth_backward", 16): (Tile(1, 64, 1), Tile(2, 32, 1, 2), Tile(2, 32, 2), Tile(1, 64, 8, 2)),
+    ("depth_backward", 32): (Tile(1, 32, 1), Tile(2, 16, 1), Tile(1, 16, 2, 1), Tile(1, 16, 8)),
+    ("step_backward", 16): (Tile(1, 32, 1), Tile(2, 32, 1, 2), Tile(1, 32, 1), Tile(1, 32, 8)),
+    ("step_backward", 32): (Tile(1, 32, 1), Tile(1, 32, 1), Tile(1, 32, 1), Tile(1, 32, 8)),
+    ("last_backward", 16): (Tile(1, 64, 1), Tile(2, 64, 1, 2), Tile(2, 64, 2, 2), Tile(1, 64, 4, 2)),
+    ("last_backward", 32): (Tile(4, 32, 1), Tile(2, 16, 1), Tile(1, 16, 1), Tile(1, 32, 4, 1)),
+}
+if LEAST_SUM > 8:  # Triton before 3.8: a sum over 8 slots takes two tokens a program, or 16 slots' registers
+    _TILES["step", 16] = (Tile(4, 32, 1), Tile(2, 32, 1), Tile(1, 64, 1), Tile(1, 64, 4))
+    _TILES["step_backward", 16] = (Tile(1, 32, 1), Tile(2, 16, 1), Tile(1, 32, 1), Tile(1, 32, 8))
+
+
+@functools.cache
+def programs(device: torch.device, each: int) -> int:
+    """How many programs share the tokens where a program takes several blocks, `each` on every multiprocessor."""
+    if device.type == "cpu":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count * each
+
+
+def fuses_step_backward(m: int, n: int, d: int, bits: int) -> bool:
+    """Whether a step's backward is one kernel. Else it is two, of width and of depth, and moves 2n more rows a token:
+    with walks, for many slots and for float32, one kernel would spill, or walk along d_b in steps of 16."""
+    return INTERPRETED or whole_rows(m, n, d, bits) > 0 or (n <= 8 and bits == 16)
+
+
+def sizes(kernel: str, m: int, n: int, d: int, dtype: torch.dtype) -> dict:
+    """The compile-time arguments that kernels have, and num_warps and num_stages; see `weight_sizes` for the others."""
+    if kernel.startswith("few_"):
+        warps = whole_rows(m, n, d, 8 * dtype.itemsize, kernel.endswith("backward_kernel"))
+        return {"M": m, "N": n, "D": d, "BD": max(32, next_power_of_2(d)), "num_warps": warps}
+    BT, BD, num_warps, num_stages = tile(kernel, m, n, d, 8 * dtype.itemsize)
+    many, MP, NP = is_many(n), next_power_of_2(m), next_power_of_2(n)
+    least = (8 if BT > 1 else LEAST_SUM) if many else 1  # what a sum on the tensor cores is padded to
+    return {
+        "M": m, "N": n, "D": d, "BT": BT, "BD": BD, "MANY": many, "PREC": precision(dtype), "num_warps": num_warps,
+        "num_stages": num_stages,
+        "MP": max(least, MP), "NP": max(least, NP),
+    }  # fmt: skip
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How `tl.dot` treats float32 for states of a dtype: see `vwn_ref.kernels.tiles`."""
+    if INTERPRETED or torch.version.hip:
+        return "ieee"
+    return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+def weight_sizes(m: int, n: int, d: int, K: int, dtype: torch.dtype) -> dict:
+    """The compile-time arguments of `weights_kernel`, for K columns, and num_warps."""
+    tiling = tile("weights_kernel", m, n, d, 8 * dtype.itemsize)
+    return {
+        "D": d, "K": K, "KP": max(16, next_power_of_2(K)), "BR": 64, "BD": tiling.BD, "PREC": precision(dtype),
+        "num_warps": tiling.num_warps,
+    }  # fmt: skip
+
+
+def e_dtype(m: int, n: int, dtype: torch.dtype) -> torch.dtype:
+    """What e = rstd · ∂L/∂q is kept in. With many slots it is a good part of what a backward pass moves, a tenth and
+    more; there it is rounded to bfloat16 as the state's gradients are. float16 has too small a range for it, and an odd
+    number of columns would not be loaded ahead."""
+    return dtype if n > 8 and n % 2 == m % 2 == 0 and dtype == torch.bfloat16 else torch.float32
+
+
+def finish_sizes(m: int, n: int) -> dict:
+    """Block sizes of the kernels of finish.py: tiles of some four thousand numbers, and not too few programs, so that
+    none takes many turns."""
+    KP = next_power_of_2(n + m)
+    BD = 1 if KP > 32 else 32 // KP * 4
+    BE = 4 if n * (n + m) <= 128 else 32
+    return {"BE": BE, "BP": 4096 // BE, "KP": KP, "BD": BD, "BS": max(1, 4096 // (KP * BD))}
+
+
+PROJECTIONS = {"BD": 128, "num_warps": 4}  # of `projections_kernel`: columns of d_b that a program takes
+
+
+class Launch:
+    """A state H [..., n, d_b] as the kernels see it, and what belongs to starting them."""
+
+    def __init__(self, H: Tensor, m: int, dynamic: bool) -> None:
+        self.n, self.d = H.shape[-2:]
+        self.m, self.dynamic = m, dynamic
+        self.T = H.numel() // (self.n * self.d)
+        self.device = H.device
+        self.dtype = H.dtype
+        self.warps = whole_rows(m, self.n, self.d, 8 * H.element_size())  # of a token in a backward pass; 0: it walks
+        # Of a backward pass, which leaves a partial sum for each; no more than tokens, since a block has at least one.
+        self.walkers = min(self.T, programs(H.device, 2 if is_many(self.n) else 8))
+        # Eight warps are all that fit a multiprocessor with 255 registers a thread.
+        self.programs = min(self.T, programs(H.device, 8 // self.warps)) if self.warps else self.walkers
+
+    def on_device(self):
+        """Triton launches on the current device."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
+
+    def start(self, kernel, *arguments, **more) -> None:
+        """Run one program a block of tokens, or as many as share them, a token or a block at a time. For an absent
+        tensor another stands in, which no kernel touches."""
+        if not self.T:
+            return
+        name = kernel.__name__
+        chosen = sizes(name, self.m, self.n, self.d, self.dtype)
+        if name == "last_backward_kernel":
+            count = self.walkers
+        elif name.endswith("backward_kernel"):
+            count = self.programs
+        elif name.startswith("few_"):  # several times what fits: then it matters little how many programs do
+            count = min(self.T, programs(self.device, 64 // chosen["num_warps"]))
+        else:
+            count = triton.cdiv(self.T, chosen["BT"])
+        arguments = [arguments[0] if a is None else a for a in arguments]
+        with self.on_device():
+            kernel[(count,)](*arguments, **chosen, **more, DYNAMIC=self.dynamic)
+
+    def projections(self, depth: tuple = (), width: tuple = ()) -> Tensor | None:
+        """V of projections.py from (W_alpha, W_beta, gain) of a depth, (W_alpha, gain) of a width, or both; None where
+        the GHC is static."""
+        if not self.dynamic or not self.T:
+            return None
+        rows = (self.n + self.m if depth else 0) + (self.m if width else 0)
+        V = torch.empty((rows, self.d), dtype=torch.float32, device=self.device)
+        arguments = (*(depth or (V, V, V)), *(width or (V, V)), V)
+        with self.on_device():
+            projections_kernel[(triton.cdiv(self.d, PROJECTIONS["BD"]),)](
+                *arguments, M=self.m, N=self.n, D=self.d, DEPTH=bool(depth), WIDTH=bool(width), **PROJECTIONS
+            )  # fmt: skip
+        return V
+
+    def norm_partial(self, norm_gain: Tensor | None) -> Tensor | None:
+        """Zeros that the gradient of the next norm's gain is added to, for each program: [P, m, d_b], or as
+        `add_rows` wants them."""
+        if norm_gain is None:
+            return None
+        columns = sizes("few_width_backward_kernel", self.m, self.n, self.d, self.dtype)["BD"] if self.warps else self.d
+        return self.zeros(max(self.programs, 1), self.m, columns)
+
+    def norm_gradient(self, partial: Tensor | None, like: Tensor | None) -> Tensor | None:
+        """Their sum: [D]."""
+        if partial is None:
+            return None
+        total = partial.sum(0)
+        return (in_order(total, self.d, 4 // self.dtype.itemsize) if self.warps else total).flatten().to(like.dtype)
+
+    def zeros(self, *shape: int) -> Tensor:
+        """float32, for sums."""
+        return torch.zeros(shape, dtype=torch.float32, device=self.device)
+
+    def partial(self, columns: int, kernel=None) -> Tensor:
+        """Room for the sums of each program: [P, 2, n, columns]; for more than 16 slots that `kernel`, with a depth in
+        it, adds to them, so they are zeros, and behind each program's lies its room for Â: see `vwn_ref.kernels.depth`.
+        """
+        size = own = 2 * self.n * columns
+        if kernel is not None:
+            chosen = sizes(kernel.__name__, self.m, self.n, self.d, self.dtype)
+            own = own_size.fn(self.m, self.n, chosen["NP"], chosen["BT"])
+        make = torch.empty if self.T and self.dynamic and own == size else torch.zeros
+        whole = make(max(self.programs, 1), own, dtype=torch.float32, device=self.device)
+        return whole[:, :size].unflatten(1, (2, self.n, columns))
+
+    def coefficient_gradients(self, columns: int) -> Tensor:
+        """Room for e = rstd · ∂L/∂q: [T, n, columns]."""
+        shape = (self.T, self.n, columns) if self.dynamic else (0,)
+        return torch.empty(shape, dtype=e_dtype(self.m, self.n, self.dtype), device=self.device)
+
+    def weight_partial(self, H: Tensor, E: Tensor) -> Tensor:
+        """Σ H′ᵀ E over tokens and slots, in S parts: [S, d_b, columns]."""
+        rows, d, K = self.T * self.n, self.d, E.shape[-1]
+        constants = weight_sizes(self.m, self.n, d, K, H.dtype)
+        splits = min(triton.cdiv(rows, constants["BR"]), 2 if self.device.type == "cpu" else 128)
+        partial = torch.empty((splits, d, K), dtype=torch.float32, device=self.device)
+        with self.on_device():
+            weights_kernel[(triton.cdiv(d, constants["BD"]), splits)](H, E, partial, rows, **constants)
+        return partial
+
+    def gradients(self, sums: Tensor, H: Tensor, E: Tensor, A, B, W_alpha, W_beta, S_alpha, S_beta, gain) -> list:
+        """Gradients of the seven parameters from sums [P, 2, n, K] and e. Of a width, whose B, W_beta and S_beta are
+        None, they are None as well; of static GHCs, the last five."""
+        parameters = (A, B, W_alpha, W_beta, S_alpha, S_beta, gain)
+        make = torch.empty_like if self.T else torch.zeros_like
+        found = [None if t is None else make(t) for t in parameters]
+        if not self.T:
+            return found
+        g_A, g_B, g_W_alpha, g_W_beta, g_S_alpha, g_S_beta, g_gain = found
+        shape = {"M": self.m, "N": self.n, "DEPTH": B is not None}
+        blocks = finish_sizes(self.m, self.n)
+        with self.on_device():
+            arguments = [g_A if t is None else t for t in (g_A, g_B, g_S_alpha, g_S_beta)]
+            coefficients_gradient_kernel[(triton.cdiv(self.n * (self.n + self.m), blocks["BE"]),)](
+                sums, sums.stride(0), len(sums), *arguments, **shape, DYNAMIC=self.dynamic, BE=blocks["BE"],
+                BP=blocks["BP"],
+            )  # fmt: skip
+            if self.dynamic:
+                partial = self.weight_partial(H, E)
+                arguments = (W_alpha, W_beta, gain, g_W_alpha, g_W_beta, g_gain)
+                arguments = [W_alpha if t is None else t for t in arguments]
+                projections_gradient_kernel[(triton.cdiv(self.d, blocks["BD"]),)](
+                    partial, len(partial), *arguments, **shape, D=self.d, KP=blocks["KP"], BS=blocks["BS"],
+                    BD=blocks["BD"],
+                )  # fmt: skip
+        return found

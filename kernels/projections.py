@@ -1,0 +1,39 @@
+"""V = gain ∘ W / τ, τ = √d_b: what every token's state is projected by in Eqs. (12)-(14), made once for all tokens.
+
+Transposed, [K, d_b] in float32, so that neighbouring columns of a row lie side by side in memory. Its rows are
+
+    depth    n of the carry columns of W_α, for Â, then m of W_β, for Bᵀ
+    width    m of the read columns of W_α, for Å; in `step` they are the next sublayer's, behind those of depth
+
+Made from W by the other kernels, it would be made again for every token, or every few: it is too large to keep.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def projections_kernel(
+    W_alpha, W_beta, gain, next_W, next_gain, V,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """V, BD columns of d_b a program."""
+    c = tl.program_id(0) * BD + tl.arange(0, BD)
+    inside = c < D
+    one_over_tau = 1.0 / tl.sqrt(D * 1.0)
+    if DEPTH:
+        g = tl.load(gain + c, mask=inside, other=0.0).to(tl.float32) * one_over_tau
+        for k in tl.static_range(N):
+            w = tl.load(W_alpha + c * (M + N) + M + k, mask=inside, other=0.0).to(tl.float32)
+            tl.store(V + k * D + c, g * w, mask=inside)
+        for k in tl.static_range(M):
+            w = tl.load(W_beta + c * M + k, mask=inside, other=0.0).to(tl.float32)
+            tl.store(V + (N + k) * D + c, g * w, mask=inside)
+    if WIDTH:
+        first: tl.constexpr = N + M if DEPTH else 0
+        g = tl.load(next_gain + c, mask=inside, other=0.0).to(tl.float32) * one_over_tau
+        for k in tl.static_range(M):
+            w = tl.load(next_W + c * (M + N) + k, mask=inside, other=0.0).to(tl.float32)
+            tl.store(V + (first + k) * D + c, g * w, mask=inside)
