@@ -1,9 +1,10 @@
-"""`width`, `depth` and `step` for up to 4 slots: the formulas of width.py, depth.py and step.py, no walks along d_b.
+"""`width`, `depth` and `step` for few slots: the formulas of width.py, depth.py and step.py with no walks along d_b.
 
 A token's rows fit the registers of one warp for each 512 columns: (2, 3) at D = 1024 has 48 numbers of state a thread.
-So they are loaded once and mixed from where they are. `step` hands the new state on to the next width, and in the
-backward pass its gradient to the depth before, with no memory in between. What is left to do are the multiply-and-adds
-of the formulas, sums over d_b, loads and stores; NOTES.md counts the instructions.
+So they come from memory once and are mixed where they are; where registers are short, the cache is asked again. `step`
+hands the new state on to the next width, and in the backward pass its gradient to the depth before, with no memory in
+between. What is left to do are the multiply-and-adds of the formulas, sums over d_b, loads and stores; NOTES.md counts
+the instructions. For which shapes all this is, `whole_rows` in launch.py says.
 
 A program takes every so-many-th token, as many as there are programs, one at a time.
 """
