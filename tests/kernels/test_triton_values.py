@@ -25,8 +25,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Root-mean-square errors relative to the tensor. float32: rounding to 6e-8 in sums of up to 33 tokens times 96 columns;
 # measured at most 5e-7. 16-bit states: every state, x, z and gradient is rounded as it is stored, to 2⁻⁹ (bfloat16) or
 # 2⁻¹² (float16), some eight times on the way through two sublayers, and a sum over few tokens may cancel; measured at
-# most 1.0e-2 and 1.1e-3, and 1.6e-2 for the gain's gradient at (8, 64), where e is rounded to bfloat16 too (the
-# interpreter truncates to bfloat16: twice a GPU's error). The reference rounds nothing. What a wrong formula does, test_triton_faults.py shows.
+# most 1.0e-2 and 1.1e-3, and 1.6e-2 for the gain's gradient at (8, 64), where e is rounded to bfloat16 too. (The
+# interpreter truncates to bfloat16, which is twice a GPU's error.) The reference rounds nothing. What a wrong formula
+# does, test_triton_faults.py shows.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 SHAPES = [(1, 1), (1, 4), (2, 3), (3, 5), (4, 8), (5, 7), (8, 64)]
