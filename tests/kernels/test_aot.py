@@ -42,7 +42,8 @@ def test_every_kernel_compiles_fits_and_does_not_spill(compiled):
     assert {row["kernel"] for row in rows} == set(aot.KERNELS) and {row["target"] for row in rows} == set(aot.TARGETS)
     for row in rows:
         assert "error" not in row and 0 < row["registers"] <= 512, row
-        assert 0 <= row["shared"] <= aot.TARGETS[row["target"]][1], row
+        assert row["kernel"] in aot.ONCE or row["shared"] > 0, row
+        assert row["shared"] <= aot.TARGETS[row["target"]][1], row
         assert row["spilled"] == 0 or row["target"] != "sm_90", row
         counted = row["target"] != "gfx942" and row["kernel"] not in aot.ONCE
         assert 100 < row["instructions"] < 20_000 if counted else "instructions" not in row, row
@@ -59,6 +60,7 @@ def test_what_is_kept_is_not_compiled_again_unless_it_changed_and_spills_show(co
         path = Path({str(folder / "aot.json")!r})
         sys.argv = ["aot", "--covering", "--out", str(path)]
         assert aot.main() == 0
+        assert any("FunctionDef(name='packed_size'" in t for t in aot.code(aot.FEW["width"]))  # it is no kernel
         launch.tile = lambda *shape: launch.Tile(16, 128, 1)  # a tile too large for one warp
         job = aot.Job("last", 2, 3, 1024, "bf16", "sm_90", dynamic=False)
         assert aot.digest(job) != aot.read(path).get(job, {{}}).get("digest")

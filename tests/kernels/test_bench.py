@@ -16,7 +16,7 @@ import torch
 from vwn_ref import VWNConfig, VWNTransformer
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from vwn_ref.kernels import bench
+from vwn_ref.kernels import bench, launch
 
 D = 1024
 
@@ -72,6 +72,16 @@ def test_minimal_bytes_are_those_of_the_tensors(op):
 def test_bytes_of_our_backward_kernels_by_hand(op, way, rows, coefficients):
     found = bench.kernel_bytes(op, "backward", 2, 3, 512, 1, 2, **way)
     assert found == rows * 512 * 2 + 2 * coefficients * 4  # bytes; e is written and read
+
+
+@pytest.mark.parametrize(
+    "m, n, way", [(2, 3, {"mixes_again": True}), (4, 8, {}), (8, 64, {"one_kernel": False})], ids=str
+)
+def test_the_bytes_of_the_kernels_that_run(monkeypatch, m, n, way):
+    monkeypatch.setattr(launch, "INTERPRETED", False)  # where a step's backward is always one kernel
+    task = bench.Task("fused", "step", m, n, 1024, 7)
+    found = bench._model(task, "backward", SimpleNamespace(dtype=torch.bfloat16))
+    assert found["kernel_bytes"] == bench.kernel_bytes("step", "backward", m, n, 1024 // m, 7, 2, **way)
 
 
 def test_the_plain_model_leaves_room():

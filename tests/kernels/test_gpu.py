@@ -214,7 +214,7 @@ EVERY_KERNEL = """
     from torch import nn
     from vwn_ref.kernels import fused, launch
     rows = launch.whole_rows
-    # rows in one warp and in two, walks for few slots, and for more
+    # rows in one warp and in four, walks for few slots, and for more
     for m, n, d, walk in ((2, 4, 24, False), (2, 4, 520, False), (2, 4, 24, True), (4, 8, 24, True), (8, 64, 24, True)):
         launch.whole_rows = (lambda *_, **options: 0) if walk else rows
         k = m + n

@@ -25,10 +25,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Root-mean-square errors relative to the tensor. float32: rounding to 6e-8 in sums of up to 33 tokens times 96 columns;
 # measured at most 5e-7. 16-bit states: every state, x, z and gradient is rounded as it is stored, to 2⁻⁹ (bfloat16) or
 # 2⁻¹² (float16), some eight times on the way through two sublayers, and a sum over few tokens may cancel; measured at
-# most 1.0e-2 and 1.1e-3, and 1.6e-2 for the gain's gradient at (8, 64), where e is rounded to bfloat16 too. (The
-# interpreter truncates to bfloat16, which is twice a GPU's error.) The reference rounds nothing. What a wrong formula
-# does, test_triton_faults.py shows.
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+# most 1.0e-2 and 1.1e-3. (The interpreter truncates to bfloat16, which is twice a GPU's error.) The reference rounds
+# nothing. What a wrong formula does, test_triton_faults.py shows.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+E_ROUNDED = 2e-2  # where e is kept in bfloat16 too: measured at most 1.6e-2, in the gain's gradient at (8, 64)
 
 SHAPES = [(1, 1), (1, 4), (2, 3), (3, 5), (4, 8), (5, 7), (8, 64)]
 COLUMNS = [8, 12, 40, 64, 96]
@@ -156,7 +156,8 @@ def test_width_and_depth(m, n, d, tokens, dtype, static):
 def test_two_sublayers_with_their_norms(m, n, d, tokens, dtype, static):
     case = (m, n, d, (tokens,), dtype)
     options = {"static": static, "groups": n % m == 0}
-    assert_close(two_sublayers(fused, *case, **options), two_sublayers(Reference, *case, **options), TOLERANCE[dtype])
+    tolerance = E_ROUNDED if launching.e_dtype(m, n, dtype) == torch.bfloat16 else TOLERANCE[dtype]
+    assert_close(two_sublayers(fused, *case, **options), two_sublayers(Reference, *case, **options), tolerance)
 
 
 @pytest.mark.parametrize(
@@ -180,8 +181,8 @@ def test_few_slots_by_walks_along_long_rows(monkeypatch, m, n, d, tokens, dtype,
     "m, n, d, bits, warps",
     [
         (2, 3, 1, 16, 1), (2, 3, 512, 16, 1), (2, 3, 513, 16, 2), (2, 3, 4096, 16, 8), (2, 3, 4097, 16, 0),
-        (2, 3, 512, 32, 2), (2, 2, 512, 32, 1), (1, 4, 2048, 16, 8), (1, 4, 4096, 16, 0), (4, 5, 64, 16, 0),
-        (5, 4, 64, 16, 0),
+        (2, 3, 512, 32, 2), (2, 3, 4096, 32, 0), (2, 2, 512, 32, 1), (1, 4, 2048, 16, 8), (1, 4, 4096, 16, 0),
+        (4, 5, 64, 16, 0), (5, 4, 64, 16, 0),
     ],
     ids=str,
 )  # fmt: skip
@@ -217,6 +218,36 @@ def test_a_step_is_a_depth_and_a_width(m, n):
     H_next = fused.depth(case.z.to(DEVICE), state)
     assert torch.equal(new.H, H_next)
     assert torch.equal(x, fused.enter(H_next, following, helpers.EPS)[0])
+
+
+def test_a_step_backward_reads_the_state_as_it_is_stored():
+    """Mixed again, and rounded: what the next width's A gets back is what it gets where the stored state is read."""
+    case = helpers.case(2, 3, 24, (5,), torch.bfloat16)
+    H, *parameters = (t.to(DEVICE) for t in case.inputs)
+    A, *rest = (p.float() for p in parameters)
+    state = fused.State(H, fused.Parameters(*parameters), helpers.EPS)
+    found = []
+    for read in (
+        lambda following: fused.step(case.z.to(DEVICE), state, following, helpers.EPS)[0],
+        lambda following: fused.enter(fused.depth(case.z.to(DEVICE), state), following, helpers.EPS)[0],
+    ):
+        own = A.clone().requires_grad_()
+        found += torch.autograd.grad(read(fused.Parameters(own, *rest)), own, case.g_x.to(DEVICE))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5 * found[1].abs().max().item())
+
+
+@pytest.mark.parametrize(
+    "m, n, dtype, kept",
+    [
+        (8, 64, torch.bfloat16, torch.bfloat16), (8, 64, torch.float16, torch.float32),
+        (8, 64, torch.float32, torch.float32), (4, 8, torch.bfloat16, torch.float32),
+        (5, 10, torch.bfloat16, torch.float32),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_e_is_kept_in(m, n, dtype, kept):
+    launch = launching.Launch(torch.zeros(2, n, 8, dtype=dtype, device=DEVICE), m, dynamic=True)
+    assert launch.coefficient_gradients(m).dtype == kept
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
