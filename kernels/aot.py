@@ -39,37 +39,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import ConstexprFunction, JITFunction
 from vwn_ref.kernels import launch
-from vwn_ref.kernels.depth import depth_backward_kernel, depth_kernel
-from vwn_ref.kernels.few import (
-    few_depth_backward_kernel,
-    few_depth_kernel,
-    few_step_backward_kernel,
-    few_step_kernel,
-    few_width_backward_kernel,
-    few_width_kernel,
-)
 from vwn_ref.kernels.finish import coefficients_gradient_kernel, projections_gradient_kernel
-from vwn_ref.kernels.last import last_backward_kernel, last_kernel
 from vwn_ref.kernels.projections import projections_kernel
-from vwn_ref.kernels.step import step_backward_kernel, step_kernel
 from vwn_ref.kernels.weights import weights_kernel
-from vwn_ref.kernels.width import width_backward_kernel, width_kernel
 
-KERNELS = {
-    kernel.fn.__name__.removesuffix("_kernel"): kernel
-    for kernel in (
-        width_kernel, width_backward_kernel, depth_kernel, depth_backward_kernel, step_kernel, step_backward_kernel,
-        last_kernel, last_backward_kernel, weights_kernel, projections_kernel, coefficients_gradient_kernel,
-        projections_gradient_kernel,
-    )
-}  # fmt: skip
-FEW = {  # what is launched in their place where a token's rows fit the registers
-    kernel.fn.__name__.removeprefix("few_").removesuffix("_kernel"): kernel
-    for kernel in (
-        few_width_kernel, few_width_backward_kernel, few_depth_kernel, few_depth_backward_kernel, few_step_kernel,
-        few_step_backward_kernel,
-    )
-}  # fmt: skip
+KERNELS = {  # by what they do; which of its family is launched, `launch.family` says
+    **{name: kernel for name, kernel in launch.KERNELS.items() if not name.startswith(("few_", "many_"))},
+    "weights": weights_kernel,
+    "projections": projections_kernel,
+    "coefficients_gradient": coefficients_gradient_kernel,
+    "projections_gradient": projections_gradient_kernel,
+}
 ONCE = ("projections", "coefficients_gradient", "projections_gradient")  # a launch, whatever the number of tokens
 TARGETS = {  # name -> target, bytes of shared memory that one program may have
     "sm_90": (GPUTarget("cuda", 90, 32), 232_448),
@@ -82,7 +62,7 @@ WIDTHS = (512, 1024, 2048, 4096)
 TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 NO_SPILLS = "sm_90"  # the target that tile sizes are chosen for
 # Pointers to states and to what is as wide as a state; the others are float32.
-STATES = {"H", "X", "Z", "OUT", "Y", "G", "G_H", "G_Z", "G_X", "G_Y", "G_OUT", "G_add"}
+STATES = {"H", "X", "Z", "OUT", "Y", "G", "G_H", "G_Z", "G_X", "G_Y", "G_OUT", "G_add", "between"}
 # Arguments that are numbers; the rest are pointers, aligned as an allocator aligns them.
 NUMBERS = {
     **dict.fromkeys(("T", "rows", "stride", "P", "S"), "i32"),
@@ -116,7 +96,7 @@ def matrix(
             for dtype in dtypes:
                 for m, n in shapes:
                     for kernel in kernels:
-                        fuses = launch.fuses_step_backward(m, n, dim // m, int(dtype[2:]))
+                        fuses = launch.fuses_step_backward(m, n, dim // m, TYPES[dtype])
                         if kernel == "step_backward" and not fuses:
                             continue  # two kernels do it, both in the list
                         if kernel in ("weights", "projections", "projections_gradient") and not dynamic:
@@ -174,12 +154,13 @@ class Build(NamedTuple):
 def build(job: Job) -> Build:
     """The arguments of a compilation as `vwn_ref.kernels.launch` would have them."""
     gpu, dtype, d = TARGETS[job.target][0], TYPES[job.dtype], job.D // job.m
-    whole = launch.whole_rows(job.m, job.n, d, 8 * dtype.itemsize)
-    kernel = FEW[job.kernel] if whole and job.kernel in FEW else KERNELS[job.kernel]
+    family = launch.family(job.kernel, job.m, job.n, d, dtype)
+    kernel = launch.KERNELS[family + job.kernel] if family else KERNELS[job.kernel]
     if job.kernel == "weights":  # K = n + m columns, those of depth; width has m
         constants = launch.weight_sizes(job.m, job.n, d, job.m + job.n, dtype)
     elif job.kernel == "projections":  # those of a step
         constants = {"M": job.m, "N": job.n, "D": d, "DEPTH": True, "WIDTH": True, **launch.PROJECTIONS}
+        constants["PARTS"] = 2 if launch.is_split(job.n, dtype) else 1
     elif job.kernel in ONCE:
         constants = {"M": job.m, "N": job.n, "D": d, "DEPTH": True, "DYNAMIC": job.dynamic}
         constants |= launch.finish_sizes(job.m, job.n)
@@ -191,6 +172,7 @@ def build(job: Job) -> Build:
     options = {k: constants.pop(k) for k in ("num_warps", "num_stages") if k in constants}
     constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
     states = STATES | ({"E", "next_E"} if launch.e_dtype(job.m, job.n, dtype) == dtype else set())
+    states |= {"V"} if family == "many_" or constants.get("PARTS") == 2 else set()
     signature = {
         a: "constexpr" if a in constants else NUMBERS.get(a) or (f"*{job.dtype}" if a in states else "*fp32")
         for a in kernel.arg_names
@@ -259,8 +241,8 @@ def cuobjdump(cubin: bytes, option: str) -> str:
 def instructions(sass: str, chunks: int, kernel: str, pieces: int = 1) -> int:
     """Instructions that a warp issues for one block of tokens, counted in the disassembly.
 
-    A backward branch is a loop. In backward kernels, in those of few.py and in `weights` the outermost one takes a
-    block of tokens (or a stretch of rows) a turn: one turn is counted, and what stands around it is not, as there are
+    A backward branch is a loop. In backward kernels, in those of few.py and many.py and in `weights` the outermost one
+    takes a block of tokens (or a stretch of rows) a turn: one turn is counted, and what stands around it is not, as there are
     many turns. Every other loop walks along d_b, in `chunks` turns; one inside such a walk takes the slots in `pieces`.
     Branches that skip something are taken to skip nothing.
     """
@@ -272,7 +254,7 @@ def instructions(sass: str, chunks: int, kernel: str, pieces: int = 1) -> int:
         if jump and int(jump[1], 16) < address:  # a jump to itself, behind the end, is no loop
             loops.append((order[int(jump[1], 16)], order[address]))
     first, last = 0, len(places) - 1
-    if loops and (kernel.startswith(("few", "weights")) or kernel.endswith("backward_kernel")):
+    if loops and (kernel.startswith(("few", "many", "weights")) or kernel.endswith("backward_kernel")):
         first, last = max(loops, key=lambda loop: loop[1] - loop[0])
         loops = [(a, b) for a, b in loops if first <= a and b <= last and (a, b) != (first, last)]
     total = last - first + 1

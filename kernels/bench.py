@@ -57,7 +57,7 @@ from torch.utils.checkpoint import checkpoint
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # multiply-and-add as one instruction, whatever the default
 
 from vwn_ref.kernels import fused
-from vwn_ref.kernels.launch import fuses_step_backward, whole_rows
+from vwn_ref.kernels.launch import family, fuses_step_backward
 
 from vwn_ref import dynamic, ghc
 from vwn_ref.config import VWNConfig
@@ -465,10 +465,9 @@ def _model(t: Task, direction: str, bench: Bench) -> dict:
     size = (t.m, t.n, t.D // t.m, t.tokens, bench.dtype.itemsize)
     found = {"minimal_bytes": minimal_bytes(t.op, direction, *size)}
     if t.implementation == "fused":
-        shape = (t.m, t.n, t.D // t.m, 8 * bench.dtype.itemsize)
-        found["kernel_bytes"] = kernel_bytes(
-            t.op, direction, *size, fuses_step_backward(*shape), whole_rows(*shape) > 0
-        )
+        shape = (t.m, t.n, t.D // t.m, bench.dtype)
+        mixes_again = family("step_backward", *shape) == "few_"
+        found["kernel_bytes"] = kernel_bytes(t.op, direction, *size, fuses_step_backward(*shape), mixes_again)
     return found
 
 

@@ -15,20 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
-from vwn_ref.kernels.depth import depth_backward_kernel, depth_kernel
-from vwn_ref.kernels.few import (
-    few_depth_backward_kernel,
-    few_depth_kernel,
-    few_step_backward_kernel,
-    few_step_kernel,
-    few_width_backward_kernel,
-    few_width_kernel,
-)
-from vwn_ref.kernels.last import last_backward_kernel, last_kernel
 from vwn_ref.kernels.launch import INTERPRETED, Launch, fuses_step_backward
 from vwn_ref.kernels.operation import Operation, check_shape
-from vwn_ref.kernels.step import step_backward_kernel, step_kernel
-from vwn_ref.kernels.width import width_backward_kernel, width_kernel
 
 from vwn_ref import dynamic, ghc
 
@@ -80,57 +68,43 @@ def suited(H: Tensor, *parameters: Tensor) -> bool:
 def _width(H, A, W_alpha, S_alpha, gain, norm_gain, eps, norm_eps):
     H = H.contiguous()
     launch = Launch(H, A.shape[1] - A.shape[0], W_alpha is not None)
-    x, V = _new(H, *H.shape[:-2], launch.m * launch.d), launch.projections(width=(W_alpha, gain))
-    launch.start(
-        few_width_kernel if launch.warps else width_kernel, H, x, V, A, S_alpha, norm_gain, launch.T, eps, norm_eps,
-        NORM=norm_gain is not None,
-    )  # fmt: skip
+    x, V = _new(H, *H.shape[:-2], launch.m * launch.d), launch.projections("width", width=(W_alpha, gain))
+    launch.start("width", H, x, V, A, S_alpha, norm_gain, launch.T, eps, norm_eps, NORM=norm_gain is not None)
     return x
-
-
-def _read_gradients(launch: Launch, sums: Tensor, H: Tensor, E: Tensor, norm_sums: Tensor | None, A, W_alpha, S_alpha,
-                    gain, norm_gain) -> tuple[Tensor, ...]:  # fmt: skip
-    """Gradients of A, W_alpha, S_alpha, gain and norm_gain from the sums of a width's backward."""
-    g_A, _, g_W, _, g_S, _, g_gain = launch.gradients(sums, H, E, A, None, W_alpha, None, S_alpha, None, gain)
-    return g_A, g_W, g_S, g_gain, launch.norm_gradient(norm_sums, norm_gain)
 
 
 def _width_backward(H, A, W_alpha, S_alpha, gain, norm_gain, eps, norm_eps, g_x, add=None):
     """With `add`, another gradient of H, the gradient of H is the sum of both."""
     H, g_x = H.contiguous(), g_x.contiguous()
     launch = Launch(H, A.shape[1] - A.shape[0], W_alpha is not None)
-    g_H, E, sums = torch.empty_like(H), launch.coefficient_gradients(launch.m), launch.partial(launch.m)
-    norm_sums, V = launch.norm_partial(norm_gain), launch.projections(width=(W_alpha, gain))
+    name, m = "width_backward", launch.m
+    g_H, E, sums = torch.empty_like(H), launch.coefficient_gradients(m), launch.partial(name, m)
+    norm_sums, V = launch.norm_partial(name, norm_gain), launch.projections(name, width=(W_alpha, gain))
     launch.start(
-        few_width_backward_kernel if launch.warps else width_backward_kernel, H, g_x, add, g_H, E, sums, norm_sums, V,
-        A, S_alpha, norm_gain, launch.T, eps, norm_eps, NORM=norm_gain is not None, ADD=add is not None,
+        name, H, g_x, add, g_H, E, sums, norm_sums, V, A, S_alpha, norm_gain, launch.T, eps, norm_eps,
+        NORM=norm_gain is not None, ADD=add is not None,
     )  # fmt: skip
-    return g_H, *_read_gradients(launch, sums, H, E, norm_sums, A, W_alpha, S_alpha, gain, norm_gain)
+    g_A, _, g_W, _, g_S, _, g_gain = launch.gradients(sums, H, E, A, None, W_alpha, None, S_alpha, None, gain)
+    return g_H, g_A, g_W, g_S, g_gain, launch.norm_gradient(name, norm_sums, norm_gain)
 
 
 def _depth(H, z, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, eps):
     H, z = H.contiguous(), z.contiguous()
     launch = Launch(H, B.shape[0], W_alpha is not None)
-    out, V = torch.empty_like(H), launch.projections(depth=(W_alpha, W_beta, gain))
-    launch.start(
-        few_depth_kernel if launch.warps else depth_kernel, H, z, out, V, A, B, S_alpha, S_beta, launch.T, eps
-    )  # fmt: skip
+    out, V = torch.empty_like(H), launch.projections("depth", depth=(W_alpha, W_beta, gain))
+    launch.start("depth", H, z, out, V, A, B, S_alpha, S_beta, launch.T, eps)
     return out
 
 
 def _depth_backward(H, z, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, eps, g):
     H, z, g = H.contiguous(), z.contiguous(), g.contiguous()
     launch = Launch(H, B.shape[0], W_alpha is not None)
-    parameters = (A, B, W_alpha, W_beta, S_alpha, S_beta, gain)
-    columns = launch.n + launch.m
+    name, columns = "depth_backward", launch.n + launch.m
     g_H, g_z = torch.empty_like(H), torch.empty_like(z)
-    E, sums = launch.coefficient_gradients(columns), launch.partial(columns, depth_backward_kernel)
-    V = launch.projections(depth=(W_alpha, W_beta, gain))
-    launch.start(
-        few_depth_backward_kernel if launch.warps else depth_backward_kernel, H, z, g, g_H, g_z, E, sums, V, A, B,
-        S_alpha, S_beta, launch.T, eps,
-    )  # fmt: skip
-    return g_H, g_z, *launch.gradients(sums, H, E, *parameters)
+    E, sums = launch.coefficient_gradients(columns), launch.partial(name, columns)
+    V = launch.projections(name, depth=(W_alpha, W_beta, gain))
+    launch.start(name, H, z, g, g_H, g_z, E, sums, V, A, B, S_alpha, S_beta, launch.T, eps)
+    return g_H, g_z, *launch.gradients(sums, H, E, A, B, W_alpha, W_beta, S_alpha, S_beta, gain)
 
 
 def _step(
@@ -140,10 +114,10 @@ def _step(
     H, z = H.contiguous(), z.contiguous()
     launch = Launch(H, B.shape[0], W_alpha is not None)
     out, x = torch.empty_like(H), _new(H, *z.shape)
-    V = launch.projections((W_alpha, W_beta, gain), (next_W, next_gain))
+    V = launch.projections("step", (W_alpha, W_beta, gain), (next_W, next_gain))
     launch.start(
-        few_step_kernel if launch.warps else step_kernel, H, z, out, x, V, A, B, S_alpha, S_beta, next_A, next_S,
-        norm_gain, launch.T, eps, next_eps, norm_eps, NORM=norm_gain is not None,
+        "step", H, z, out, x, V, A, B, S_alpha, S_beta, next_A, next_S, norm_gain, launch.T, eps, next_eps, norm_eps,
+        NORM=norm_gain is not None,
     )  # fmt: skip
     return out, x
 
@@ -154,33 +128,39 @@ def _step_backward(
 ):  # fmt: skip
     H, z, g_out, g_x = H.contiguous(), z.contiguous(), g_out.contiguous(), g_x.contiguous()
     launch = Launch(H, B.shape[0], W_alpha is not None)
-    m, columns = launch.m, launch.n + launch.m
+    name, m, columns = "step_backward", launch.m, launch.n + launch.m
     parameters = (A, B, W_alpha, W_beta, S_alpha, S_beta, gain)
-    reading = (next_A, next_W, next_S, next_gain, norm_gain)
-    if not fuses_step_backward(m, launch.n, launch.d, 8 * H.dtype.itemsize):
-        g, *of_width = _width_backward(out, *reading, next_eps, norm_eps, g_x, add=g_out)
+    if not fuses_step_backward(m, launch.n, launch.d, H.dtype):
+        g, *of_width = _width_backward(
+            out, next_A, next_W, next_S, next_gain, norm_gain, next_eps, norm_eps, g_x, add=g_out
+        )  # fmt: skip
         return *_depth_backward(H, z, *parameters, eps, g), *of_width
     g_H, g_z = torch.empty_like(H), torch.empty_like(z)
     E, next_E = launch.coefficient_gradients(columns), launch.coefficient_gradients(m)
-    sums, next_sums = launch.partial(columns, step_backward_kernel), launch.partial(m)
-    norm_sums = launch.norm_partial(norm_gain)
-    V = launch.projections((W_alpha, W_beta, gain), (next_W, next_gain))
-    kernel, states = (step_backward_kernel, (H, z, out)) if not launch.warps else (few_step_backward_kernel, (H, z))
+    sums, next_sums = launch.partial(name, columns), launch.partial(name, m)
+    norm_sums = launch.norm_partial(name, norm_gain)
+    V = launch.projections(name, (W_alpha, W_beta, gain), (next_W, next_gain))
+    family = launch.kernel(name).__name__.removesuffix("step_backward_kernel")
+    states = (H, z) if family == "few_" else (H, z, out)  # it mixes `out` again
+    between = (_new(H, launch.programs(name), launch.n, launch.d),) if family == "many_" else ()
     launch.start(
-        kernel, *states, g_out, g_x, g_H, g_z, E, next_E, sums, next_sums, norm_sums, V, A, B, S_alpha, S_beta, next_A,
-        next_S, norm_gain, launch.T, eps, next_eps, norm_eps, NORM=norm_gain is not None,
+        name, *states, g_out, g_x, g_H, g_z, E, next_E, sums, next_sums, norm_sums, *between, V, A, B, S_alpha, S_beta,
+        next_A, next_S, norm_gain, launch.T, eps, next_eps, norm_eps, NORM=norm_gain is not None,
+    )  # fmt: skip
+    g_A, _, g_W, _, g_S, _, g_gain = launch.gradients(
+        next_sums, out, next_E, next_A, None, next_W, None, next_S, None, next_gain
     )  # fmt: skip
     return (
-        g_H, g_z, *launch.gradients(sums, H, E, *parameters),
-        *_read_gradients(launch, next_sums, out, next_E, norm_sums, *reading),
+        g_H, g_z, *launch.gradients(sums, H, E, *parameters), g_A, g_W, g_S, g_gain,
+        launch.norm_gradient(name, norm_sums, norm_gain),
     )  # fmt: skip
 
 
 def _last(H, z, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, weight, bias, eps, norm_eps):
     H, z = H.contiguous(), z.contiguous()
     launch = Launch(H, B.shape[0], W_alpha is not None)
-    y, V = torch.empty_like(H), launch.projections(depth=(W_alpha, W_beta, gain))
-    launch.start(last_kernel, H, z, y, V, A, B, S_alpha, S_beta, weight, bias, launch.T, eps, norm_eps)
+    y, V = torch.empty_like(H), launch.projections("last", depth=(W_alpha, W_beta, gain))
+    launch.start("last", H, z, y, V, A, B, S_alpha, S_beta, weight, bias, launch.T, eps, norm_eps)
     return y
 
 
@@ -188,12 +168,11 @@ def _last_backward(H, z, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, weight, b
     H, z, g_y = H.contiguous(), z.contiguous(), g_y.contiguous()
     launch = Launch(H, B.shape[0], W_alpha is not None)
     parameters = (A, B, W_alpha, W_beta, S_alpha, S_beta, gain)
-    g = torch.empty_like(H)
-    weight_sums, bias_sums = launch.zeros(2, max(launch.walkers, 1), launch.n * launch.d)
-    V = launch.projections(depth=(W_alpha, W_beta, gain))
+    name, g = "last_backward", torch.empty_like(H)
+    weight_sums, bias_sums = launch.zeros(2, max(launch.programs(name), 1), launch.n * launch.d)
+    V = launch.projections(name, depth=(W_alpha, W_beta, gain))
     launch.start(
-        last_backward_kernel, H, z, g_y, g, weight_sums, bias_sums, V, A, B, S_alpha, S_beta, weight, launch.T, eps,
-        norm_eps,
+        name, H, z, g_y, g, weight_sums, bias_sums, V, A, B, S_alpha, S_beta, weight, launch.T, eps, norm_eps
     )  # fmt: skip
     of_depth = _depth_backward(H, z, *parameters, eps, g)
     return *of_depth, weight_sums.sum(0).to(weight.dtype), bias_sums.sum(0).to(bias.dtype)

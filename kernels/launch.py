@@ -1,6 +1,7 @@
 """How the Triton kernels are started: block sizes, numbers of programs, and the memory that they share.
 
-Which kernel runs for a shape, `whole_rows` decides: those of few.py, or those that walk along d_b. `last` always walks.
+Which kernel runs for a shape, `family` decides: those of few.py, those of many.py, or those that walk along d_b several
+tokens at a time. `last` always walks so.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 from triton import next_power_of_2
-from vwn_ref.kernels.depth import own_size
+from vwn_ref.kernels import depth, few, last, many, step, width
 from vwn_ref.kernels.finish import coefficients_gradient_kernel, projections_gradient_kernel
 from vwn_ref.kernels.projections import projections_kernel
 from vwn_ref.kernels.rows import in_order
@@ -21,6 +22,12 @@ from vwn_ref.kernels.tiles import LEAST_SUM
 from vwn_ref.kernels.weights import weights_kernel
 
 INTERPRETED = type(weights_kernel).__name__ == "InterpretedFunction"
+KERNELS = {  # by name, without _kernel: those that work on tokens
+    name.removesuffix("_kernel"): kernel
+    for module in (depth, few, last, many, step, width)
+    for name, kernel in vars(module).items()
+    if name.endswith("_kernel")
+}
 
 
 class Tile(NamedTuple):
@@ -49,6 +56,25 @@ def whole_rows(m: int, n: int, d: int, bits: int, backward: bool = True) -> int:
     wide = 2 * n + m <= (8 if bits == 16 else 6) if backward else n <= 3
     warps = max(1, next_power_of_2(d) // (512 if wide else 256))
     return warps if warps <= 8 and (backward or whole_rows(m, n, d, bits)) else 0
+
+
+def family(kernel: str, m: int, n: int, d: int, dtype: torch.dtype) -> str:
+    """What stands before the name of the kernel that is launched: few_ (up to 4 slots), many_ (more than 8 slots of
+    bfloat16), or nothing."""
+    prefix = "few_" if whole_rows(m, n, d, 8 * dtype.itemsize) else "many_" if is_split(n, dtype) else ""
+    return prefix if prefix + kernel in KERNELS else ""
+
+
+def is_split(n: int, dtype: torch.dtype) -> bool:
+    """Whether products are of bfloat16, and float32 factors in two parts: see `vwn_ref.kernels.many`."""
+    return n > 8 and dtype == torch.bfloat16
+
+
+def many_tile(kernel: str, n: int, d: int) -> Tile:
+    """For many.py: a warp for each 16 slots, as tensor cores take them, and 64 columns at a time, or 128 in a forward
+    pass of more than 32 slots. With 128 `many_step_backward` (8, 64) would spill."""
+    columns = 32 if INTERPRETED else 128 if n > 32 and not kernel.endswith("backward_kernel") else 64
+    return Tile(1, max(16, min(columns, next_power_of_2(d))), next_power_of_2(n) // 16, 2)
 
 
 def tile(kernel: str, m: int, n: int, d: int, bits: int) -> Tile:
@@ -108,10 +134,10 @@ def programs(device: torch.device, each: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count * each
 
 
-def fuses_step_backward(m: int, n: int, d: int, bits: int) -> bool:
+def fuses_step_backward(m: int, n: int, d: int, dtype: torch.dtype) -> bool:
     """Whether a step's backward is one kernel. Else it is two, of width and of depth, and moves 2n more rows a token:
-    with walks, for many slots and for float32, one kernel would spill, or walk along d_b in steps of 16."""
-    return INTERPRETED or whole_rows(m, n, d, bits) > 0 or (n <= 8 and bits == 16)
+    with the walks of float32, and of float16 for many slots, one kernel would spill, or take 16 columns at a time."""
+    return INTERPRETED or family("step_backward", m, n, d, dtype) != "" or (n <= 8 and dtype.itemsize == 2)
 
 
 def sizes(kernel: str, m: int, n: int, d: int, dtype: torch.dtype) -> dict:
@@ -119,6 +145,12 @@ def sizes(kernel: str, m: int, n: int, d: int, dtype: torch.dtype) -> dict:
     if kernel.startswith("few_"):
         warps = whole_rows(m, n, d, 8 * dtype.itemsize, kernel.endswith("backward_kernel"))
         return {"M": m, "N": n, "D": d, "BD": max(32, next_power_of_2(d)), "num_warps": warps}
+    if kernel.startswith("many_"):
+        _, BD, num_warps, num_stages = many_tile(kernel, n, d)
+        return {
+            "M": m, "N": n, "D": d, "BD": BD, "num_warps": num_warps, "num_stages": num_stages,
+            "MP": max(16, next_power_of_2(m)), "NP": max(16, next_power_of_2(n)),
+        }  # fmt: skip
     BT, BD, num_warps, num_stages = tile(kernel, m, n, d, 8 * dtype.itemsize)
     many, MP, NP = is_many(n), next_power_of_2(m), next_power_of_2(n)
     least = (8 if BT > 1 else LEAST_SUM) if many else 1  # what a sum on the tensor cores is padded to
@@ -173,78 +205,89 @@ class Launch:
         self.T = H.numel() // (self.n * self.d)
         self.device = H.device
         self.dtype = H.dtype
-        self.warps = whole_rows(m, self.n, self.d, 8 * H.element_size())  # of a token in a backward pass; 0: it walks
-        # Of a backward pass, which leaves a partial sum for each; no more than tokens, since a block has at least one.
-        self.walkers = min(self.T, programs(H.device, 2 if is_many(self.n) else 8))
-        # Eight warps are all that fit a multiprocessor with 255 registers a thread.
-        self.programs = min(self.T, programs(H.device, 8 // self.warps)) if self.warps else self.walkers
+
+    def kernel(self, name: str):
+        """The kernel that is launched for "width", "width_backward" …"""
+        return KERNELS[family(name, self.m, self.n, self.d, self.dtype) + name]
+
+    def sizes(self, name: str) -> dict:
+        return sizes(self.kernel(name).__name__, self.m, self.n, self.d, self.dtype)
+
+    def programs(self, name: str) -> int:
+        """How many programs share the tokens, and leave a partial sum each, in a backward pass; no more than tokens,
+        since each has at least one. Eight warps are all that fit a multiprocessor with 255 registers a thread."""
+        return min(self.T, programs(self.device, max(1, 8 // self.sizes(name)["num_warps"])))
 
     def on_device(self):
         """Triton launches on the current device."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
 
-    def start(self, kernel, *arguments, **more) -> None:
+    def start(self, name: str, *arguments, **more) -> None:
         """Run one program a block of tokens, or as many as share them, a token or a block at a time. For an absent
         tensor another stands in, which no kernel touches."""
         if not self.T:
             return
-        name = kernel.__name__
-        chosen = sizes(name, self.m, self.n, self.d, self.dtype)
-        if name == "last_backward_kernel":
-            count = self.walkers
-        elif name.endswith("backward_kernel"):
-            count = self.programs
-        elif name.startswith("few_"):  # several times what fits: then it matters little how many programs do
-            count = min(self.T, programs(self.device, 64 // chosen["num_warps"]))
-        else:
+        kernel, chosen = self.kernel(name), self.sizes(name)
+        if name.endswith("backward"):
+            count = self.programs(name)
+        elif "BT" in chosen:
             count = triton.cdiv(self.T, chosen["BT"])
+        else:  # several times what fits: then it matters little how many programs do
+            count = min(self.T, programs(self.device, 64 // chosen["num_warps"]))
         arguments = [arguments[0] if a is None else a for a in arguments]
         with self.on_device():
             kernel[(count,)](*arguments, **chosen, **more, DYNAMIC=self.dynamic)
 
-    def projections(self, depth: tuple = (), width: tuple = ()) -> Tensor | None:
-        """V of projections.py from (W_alpha, W_beta, gain) of a depth, (W_alpha, gain) of a width, or both; None where
-        the GHC is static."""
+    def projections(self, name: str, depth: tuple = (), width: tuple = ()) -> Tensor | None:
+        """V of projections.py for that kernel, from (W_alpha, W_beta, gain) of a depth, (W_alpha, gain) of a width, or
+        both; None where the GHC is static."""
         if not self.dynamic or not self.T:
             return None
         rows = (self.n + self.m if depth else 0) + (self.m if width else 0)
-        V = torch.empty((rows, self.d), dtype=torch.float32, device=self.device)
+        parts = 2 if self.kernel(name).__name__.startswith("many_") else 1
+        shape, dtype = ((rows, 2, self.d), torch.bfloat16) if parts == 2 else ((rows, self.d), torch.float32)
+        V = torch.empty(shape, dtype=dtype, device=self.device)
         arguments = (*(depth or (V, V, V)), *(width or (V, V)), V)
         with self.on_device():
             projections_kernel[(triton.cdiv(self.d, PROJECTIONS["BD"]),)](
-                *arguments, M=self.m, N=self.n, D=self.d, DEPTH=bool(depth), WIDTH=bool(width), **PROJECTIONS
+                *arguments, M=self.m, N=self.n, D=self.d, DEPTH=bool(depth), WIDTH=bool(width), PARTS=parts,
+                **PROJECTIONS,
             )  # fmt: skip
         return V
 
-    def norm_partial(self, norm_gain: Tensor | None) -> Tensor | None:
-        """Zeros that the gradient of the next norm's gain is added to, for each program: [P, m, d_b], or as
-        `add_rows` wants them."""
+    def norm_partial(self, name: str, norm_gain: Tensor | None) -> Tensor | None:
+        """Zeros that the gradient of the next norm's gain is added to, for each program of that kernel: [P, m, d_b], or
+        as `add_rows` wants them."""
         if norm_gain is None:
             return None
-        columns = sizes("few_width_backward_kernel", self.m, self.n, self.d, self.dtype)["BD"] if self.warps else self.d
-        return self.zeros(max(self.programs, 1), self.m, columns)
+        chosen = self.sizes(name)
+        columns = chosen["BD"] if self.kernel(name).__name__.startswith("few_") else self.d
+        return self.zeros(max(self.programs(name), 1), self.m, columns)
 
-    def norm_gradient(self, partial: Tensor | None, like: Tensor | None) -> Tensor | None:
+    def norm_gradient(self, name: str, partial: Tensor | None, like: Tensor | None) -> Tensor | None:
         """Their sum: [D]."""
         if partial is None:
             return None
         total = partial.sum(0)
-        return (in_order(total, self.d, 4 // self.dtype.itemsize) if self.warps else total).flatten().to(like.dtype)
+        if self.kernel(name).__name__.startswith("few_"):
+            total = in_order(total, self.d, 4 // self.dtype.itemsize)
+        return total.flatten().to(like.dtype)
 
     def zeros(self, *shape: int) -> Tensor:
         """float32, for sums."""
         return torch.zeros(shape, dtype=torch.float32, device=self.device)
 
-    def partial(self, columns: int, kernel=None) -> Tensor:
-        """Room for the sums of each program: [P, 2, n, columns]; for more than 16 slots that `kernel`, with a depth in
-        it, adds to them, so they are zeros, and behind each program's lies its room for Â: see `vwn_ref.kernels.depth`.
-        """
+    def partial(self, name: str, columns: int) -> Tensor:
+        """Room for the sums of each program of that kernel: [P, 2, n, columns]. Those of many.py, and with more than 16
+        slots the others that have a depth in them, add to it, so it is zeros; and behind the latter's lies their room
+        for Â, see `vwn_ref.kernels.depth`."""
         size = own = 2 * self.n * columns
-        if kernel is not None:
-            chosen = sizes(kernel.__name__, self.m, self.n, self.d, self.dtype)
-            own = own_size.fn(self.m, self.n, chosen["NP"], chosen["BT"])
-        make = torch.empty if self.T and self.dynamic and own == size else torch.zeros
-        whole = make(max(self.programs, 1), own, dtype=torch.float32, device=self.device)
+        chosen = self.sizes(name)
+        if "BT" in chosen and columns > self.m:
+            own = depth.own_size.fn(self.m, self.n, chosen["NP"], chosen["BT"])
+        filled = self.dynamic and own == size and not self.kernel(name).__name__.startswith("many_")
+        make = torch.empty if self.T and filled else torch.zeros
+        whole = make(max(self.programs(name), 1), own, dtype=torch.float32, device=self.device)
         return whole[:, :size].unflatten(1, (2, self.n, columns))
 
     def coefficient_gradients(self, columns: int) -> Tensor:

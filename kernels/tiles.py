@@ -44,6 +44,16 @@ def tanh(x):
     return tl.where(tl.abs(x) < 0.2, near, tl.where(x < 0.0, -far, far))
 
 
+INTERPRETED = tl.constexpr(type(tanh).__name__ == "InterpretedFunction")
+
+
+@triton.jit
+def in_parts(x):
+    """float32 as a sum of two bfloat16, to 2⁻¹⁶: its upper half, cut off, and what that leaves."""
+    upper = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+    return upper.to(tl.bfloat16), (x - upper).to(tl.bfloat16)
+
+
 # ------------------------------------------------------------------------------------------------- loads and stores
 
 

@@ -75,12 +75,17 @@ def test_bytes_of_our_backward_kernels_by_hand(op, way, rows, coefficients):
 
 
 @pytest.mark.parametrize(
-    "m, n, way", [(2, 3, {"mixes_again": True}), (4, 8, {}), (8, 64, {"one_kernel": False})], ids=str
-)
-def test_the_bytes_of_the_kernels_that_run(monkeypatch, m, n, way):
+    "m, n, dtype, way",
+    [
+        (2, 3, torch.bfloat16, {"mixes_again": True}), (4, 8, torch.bfloat16, {}), (8, 64, torch.bfloat16, {}),
+        (8, 64, torch.float16, {"one_kernel": False}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_bytes_of_the_kernels_that_run(monkeypatch, m, n, dtype, way):
     monkeypatch.setattr(launch, "INTERPRETED", False)  # where a step's backward is always one kernel
     task = bench.Task("fused", "step", m, n, 1024, 7)
-    found = bench._model(task, "backward", SimpleNamespace(dtype=torch.bfloat16))
+    found = bench._model(task, "backward", SimpleNamespace(dtype=dtype))
     assert found["kernel_bytes"] == bench.kernel_bytes("step", "backward", m, n, 1024 // m, 7, 2, **way)
 
 

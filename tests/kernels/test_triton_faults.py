@@ -16,7 +16,7 @@ import torch
 from vwn_ref.kernels import fused, launch
 
 # In the order in which they stand on each other
-FILES = ("projections", "tiles", "rows", "few", "width", "depth", "step", "last", "weights", "finish")
+FILES = ("tiles", "projections", "rows", "few", "many", "width", "depth", "step", "last", "weights", "finish")
 
 # name -> file, what is there, what is put in its place, and a tensor that must come out wrong (None: any)
 FAULTS_OF_WALKS = {
@@ -120,9 +120,10 @@ def load_kernels(folder: Path, fault: str | None, monkeypatch) -> None:
         monkeypatch.setitem(sys.modules, spec.name, module)  # the files after it import from it
         spec.loader.exec_module(module)
         for kernel in vars(module):
-            for launches in (fused, launch):
-                if kernel.endswith("_kernel") and hasattr(launches, kernel):
-                    monkeypatch.setattr(launches, kernel, getattr(module, kernel))
+            if kernel.removesuffix("_kernel") in launch.KERNELS:
+                monkeypatch.setitem(launch.KERNELS, kernel.removesuffix("_kernel"), getattr(module, kernel))
+            elif kernel.endswith("_kernel") and hasattr(launch, kernel):
+                monkeypatch.setattr(launch, kernel, getattr(module, kernel))
 
 
 def errors(found, wanted) -> set[str]:

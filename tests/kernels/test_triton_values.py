@@ -200,9 +200,9 @@ def test_projections():
     V = torch.cat([W_alpha[:, 2:], W_beta], dim=1).mul(gain[:, None]).mT * 133**-0.5
     V_next = (width[0][:, :2] * width[1][:, None]).mT * 133**-0.5
     for found, wanted in (
-        (launch.projections(depth=depth), V),
-        (launch.projections(width=width), V_next),
-        (launch.projections(depth, width), torch.cat([V, V_next])),
+        (launch.projections("depth", depth=depth), V),
+        (launch.projections("width", width=width), V_next),
+        (launch.projections("step", depth, width), torch.cat([V, V_next])),
     ):
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0.0)
 
