@@ -156,13 +156,14 @@ def build(job: Job) -> Build:
     gpu, dtype, d = TARGETS[job.target][0], TYPES[job.dtype], job.D // job.m
     family = launch.family(job.kernel, job.m, job.n, d, dtype)
     kernel = launch.KERNELS[family + job.kernel] if family else KERNELS[job.kernel]
-    if job.kernel == "weights":  # K = n + m columns, those of depth; width has m
-        constants = launch.weight_sizes(job.m, job.n, d, job.m + job.n, dtype)
+    if job.kernel == "weights":  # of a width and the depth after it
+        constants = launch.weight_sizes(job.m, job.n, d, job.m, job.m + job.n, dtype)
     elif job.kernel == "projections":  # those of a step
         constants = {"M": job.m, "N": job.n, "D": d, "DEPTH": True, "WIDTH": True, **launch.PROJECTIONS}
         constants["PARTS"] = 2 if launch.is_split(job.n, dtype) else 1
     elif job.kernel in ONCE:
         constants = {"M": job.m, "N": job.n, "D": d, "DEPTH": True, "DYNAMIC": job.dynamic}
+        constants |= {"READ": job.m, "WRITE": job.m + job.n}
         constants |= launch.finish_sizes(job.m, job.n)
     else:
         constants = launch.sizes(kernel.fn.__name__, job.m, job.n, d, dtype)
@@ -171,7 +172,7 @@ def build(job: Job) -> Build:
         constants["PREC"] = "ieee"
     options = {k: constants.pop(k) for k in ("num_warps", "num_stages") if k in constants}
     constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
-    states = STATES | ({"E", "next_E"} if launch.e_dtype(job.m, job.n, dtype) == dtype else set())
+    states = STATES | ({"E", "next_E", "E_read", "E_write"} if launch.e_dtype(job.m, job.n, dtype) == dtype else set())
     states |= {"V"} if family == "many_" or constants.get("PARTS") == 2 else set()
     signature = {
         a: "constexpr" if a in constants else NUMBERS.get(a) or (f"*{job.dtype}" if a in states else "*fp32")
@@ -242,9 +243,9 @@ def instructions(sass: str, chunks: int, kernel: str, pieces: int = 1) -> int:
     """Instructions that a warp issues for one block of tokens, counted in the disassembly.
 
     A backward branch is a loop. In backward kernels, in those of few.py and many.py and in `weights` the outermost one
-    takes a block of tokens (or a stretch of rows) a turn: one turn is counted, and what stands around it is not, as there are
-    many turns. Every other loop walks along d_b, in `chunks` turns; one inside such a walk takes the slots in `pieces`.
-    Branches that skip something are taken to skip nothing.
+    takes a block of tokens (or a stretch of rows) a turn: one turn is counted, and what stands around it is not, as
+    there are many turns. Every other loop walks along d_b, in `chunks` turns; one inside such a walk takes the slots in
+    `pieces`. Branches that skip something are taken to skip nothing.
     """
     places = {int(address, 16): text for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/ +([^;]+);", sass)}
     order = {address: i for i, address in enumerate(places)}

@@ -111,14 +111,15 @@ def kernel_bytes(
 
     Backward there are e, the gradients of the coefficients, [n, m] of width and [n, n+m] of depth, in float32, or with
     more than 8 slots in as many bytes as a state (true of bfloat16), written by one kernel and read by `weights_kernel`
-    together with H′. step reads the new state too, unless it makes it again (`mixes_again`), and where its backward is
-    two kernels (not `one_kernel`) the gradient between them is stored and read; last is always two. A second read that
-    should come from the cache is not counted.
+    together with H′. step leaves its own depth's to the step before, and does what the next one left to it. It reads
+    the new state too, unless it makes it again (`mixes_again`), and where its backward is two kernels (not
+    `one_kernel`) the gradient between them is stored and read; last is always two. A second read that should come from
+    the cache is not counted.
     """
     slots, e = minimal_slots(op, direction, m, n), 0
     if direction == "backward":
         e = {"width": n * m, "step": n * (n + 2 * m)}.get(op, n * (n + m))
-        slots += {"width": n, "depth": n, "step": 3 * n, "last": 4 * n + m}[op]  # read once more, or a second kernel
+        slots += {"width": n, "depth": n, "step": 2 * n, "last": 4 * n + m}[op]  # read once more, or a second kernel
         if op == "step":
             slots += (0 if one_kernel else 2 * n) - (n if mixes_again else 0)
     return (slots * d * itemsize + 2 * e * (itemsize if n > 8 else 4)) * tokens
@@ -335,12 +336,15 @@ def fused_work(t: Task, bench: Bench) -> Work:
         inputs = [H, z, *own, groups.weight, groups.bias]
         return Work(lambda H, z, *_: (fused.last(z, fused.State(H, own, EPS), groups),), inputs, 2)
 
-    def step(H, z, *_):
-        x, state = fused.step(z, fused.State(H, own, EPS), following, EPS, norm)
-        return x, state.H
+    # As between two others in a model: it hands its e on to the one before, and gets the e of the one after.
+    link = fused.unmade_link(H, own).requires_grad_()
 
-    reading = [following.A, following.W_alpha, following.S_alpha, following.gain, norm.weight]
-    return Work(step, [H, z, *own, *reading], 2)
+    def step(H, z, link, *_):
+        x, state = fused.step(z, fused.State(H, own, EPS, link), following, EPS, norm)
+        return x, state.H, state.link
+
+    reading = [following.A, following.W_alpha, following.W_beta, following.S_alpha, following.gain, norm.weight]
+    return Work(step, [H, z, link, own.A, own.B, own.S_alpha, own.S_beta, *reading], 2)
 
 
 def reference_width(H, gain, *own):

@@ -3,8 +3,9 @@
     Σ E and Σ E ∘ tanh     [P, 2, n, K] of P programs     -> g_A and g_S_α, with a depth also g_B and g_S_β
     Σ H′ᵀ e = g_V          [S, d_b, K] of weights.py      -> g_W = g_V ∘ gain / τ, g_gain = Σ_k g_V ∘ W / τ
 
-A depth has K = n + m columns, those of Â and Bᵀ, and a width m, those of Å. A, S_α and W_α belong to both: the columns
-that are the other's become 0 here, and autograd adds the two up. Sums run over P or S in the same order every time.
+A depth has K = n + m columns, those of Â and Bᵀ, and a width m, those of Å; g_V may be of both, n + 2m. A and S_α
+belong to both: the columns that are the other's become 0 here, and autograd adds the two up. Sums run over P or S in
+the same order every time.
 As PyTorch operations this was some twenty small kernels for a depth.
 """
 
@@ -49,30 +50,28 @@ def coefficients_gradient_kernel(
 def projections_gradient_kernel(
     partial, S, W_alpha, W_beta, gain, g_W_alpha, g_W_beta, g_gain,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, KP: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
-    DEPTH: tl.constexpr,
+    READ: tl.constexpr, WRITE: tl.constexpr,
 ):  # fmt: skip
-    """BD rows of W a program, and all their columns."""
-    K: tl.constexpr = N + M if DEPTH else M
+    """BD rows of W a program, and those of their columns that are in `partial`: READ of a width, before WRITE of a
+    depth."""
+    K: tl.constexpr = READ + WRITE
     c = tl.program_id(0) * BD + tl.arange(0, BD)[:, None]
     k = tl.arange(0, KP)[None, :]
-    inside = (c < D) & (k < N + M)
+    column = k + (M - READ)  # of (W_α | W_β)
+    inside = (c < D) & (k < K)
+    of_alpha, of_beta = inside & (column < M + N), inside & (column >= M + N)
     g_V = tl.zeros((BD, KP), tl.float32)
     for start in range(0, S, BS):
         s = start + tl.arange(0, BS)[:, None, None]
-        x = tl.load(partial + (s * D + c[None]) * K + k[None], mask=(s < S) & (inside & (k < K))[None], other=0.0)
+        x = tl.load(partial + (s * D + c[None]) * K + k[None], mask=(s < S) & inside[None], other=0.0)
         g_V += tl.sum(x, axis=0)
     g_V = g_V * (1.0 / tl.sqrt(D * 1.0))
     g_W = g_V * tl.load(gain + c, mask=c < D, other=0.0).to(tl.float32)
-    if DEPTH:
-        carry = k < N
-        column = tl.where(carry, M + k, k - N)
-        w = tl.load(W_alpha + c * (M + N) + column, mask=inside & carry, other=0.0).to(tl.float32)
-        w += tl.load(W_beta + c * M + (k - N), mask=inside & (k >= N), other=0.0).to(tl.float32)
-        of_alpha = tl.where(carry, g_W, 0.0).to(g_W_alpha.dtype.element_ty)
-        tl.store(g_W_alpha + c * (M + N) + column, of_alpha, mask=inside)
-        tl.store(g_W_beta + c * M + (k - N), g_W.to(g_W_beta.dtype.element_ty), mask=inside & (k >= N))
-    else:
-        w = tl.load(W_alpha + c * (M + N) + k, mask=inside & (k < M), other=0.0).to(tl.float32)
-        tl.store(g_W_alpha + c * (M + N) + k, g_W.to(g_W_alpha.dtype.element_ty), mask=inside)
+    alpha, beta = c * (M + N) + column, c * M + (column - (M + N))
+    w = tl.load(W_alpha + alpha, mask=of_alpha, other=0.0).to(tl.float32)
+    tl.store(g_W_alpha + alpha, g_W.to(g_W_alpha.dtype.element_ty), mask=of_alpha)
+    if WRITE > 0:
+        w += tl.load(W_beta + beta, mask=of_beta, other=0.0).to(tl.float32)
+        tl.store(g_W_beta + beta, g_W.to(g_W_beta.dtype.element_ty), mask=of_beta)
     row = tl.sum(g_V * w, axis=1, keep_dims=True)
     tl.store(g_gain + c, row.to(g_gain.dtype.element_ty), mask=c < D)

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
-from vwn_ref.kernels.launch import INTERPRETED, Launch, fuses_step_backward
-from vwn_ref.kernels.operation import Operation, check_shape
+from vwn_ref.kernels.launch import INTERPRETED, Launch, e_dtype, fuses_step_backward
+from vwn_ref.kernels.linked import UNLINKED, Link, LinkedOperation, nothing
+from vwn_ref.kernels.operation import check_shape
 
 from vwn_ref import dynamic, ghc
 
@@ -42,6 +43,7 @@ class State(NamedTuple):
     H: Tensor
     parameters: Parameters
     eps: float
+    link: Tensor | None = None  # see `vwn_ref.kernels.linked`
 
 
 def _new(like: Tensor, *shape: int) -> Tensor:
@@ -73,7 +75,9 @@ def _width(H, A, W_alpha, S_alpha, gain, norm_gain, eps, norm_eps):
     return x
 
 
-def _width_backward(H, A, W_alpha, S_alpha, gain, norm_gain, eps, norm_eps, g_x, add=None):
+def _width_gradients(
+    H, A, W_alpha, S_alpha, gain, norm_gain, eps, norm_eps, g_x, *, link: Link = UNLINKED, add=None
+):  # fmt: skip
     """With `add`, another gradient of H, the gradient of H is the sum of both."""
     H, g_x = H.contiguous(), g_x.contiguous()
     launch = Launch(H, A.shape[1] - A.shape[0], W_alpha is not None)
@@ -84,8 +88,9 @@ def _width_backward(H, A, W_alpha, S_alpha, gain, norm_gain, eps, norm_eps, g_x,
         name, H, g_x, add, g_H, E, sums, norm_sums, V, A, S_alpha, norm_gain, launch.T, eps, norm_eps,
         NORM=norm_gain is not None, ADD=add is not None,
     )  # fmt: skip
-    g_A, _, g_W, _, g_S, _, g_gain = launch.gradients(sums, H, E, A, None, W_alpha, None, S_alpha, None, gain)
-    return g_H, g_A, g_W, g_S, g_gain, launch.norm_gradient(name, norm_sums, norm_gain)
+    g_A, _, g_S, _ = launch.gradients(sums, A, None, S_alpha, None)
+    g_W, g_W_beta, g_gain = launch.weight_gradients(H, E, link.e, W_alpha, link.W_beta, gain)
+    return (g_H, g_A, g_W, g_S, g_gain, launch.norm_gradient(name, norm_sums, norm_gain)), None, g_W_beta
 
 
 def _depth(H, z, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, eps):
@@ -96,7 +101,7 @@ def _depth(H, z, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, eps):
     return out
 
 
-def _depth_backward(H, z, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, eps, g):
+def _depth_gradients(H, z, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, eps, g, *, link: Link = UNLINKED):
     H, z, g = H.contiguous(), z.contiguous(), g.contiguous()
     launch = Launch(H, B.shape[0], W_alpha is not None)
     name, columns = "depth_backward", launch.n + launch.m
@@ -104,7 +109,20 @@ def _depth_backward(H, z, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, eps, g):
     E, sums = launch.coefficient_gradients(columns), launch.partial(name, columns)
     V = launch.projections(name, depth=(W_alpha, W_beta, gain))
     launch.start(name, H, z, g, g_H, g_z, E, sums, V, A, B, S_alpha, S_beta, launch.T, eps)
-    return g_H, g_z, *launch.gradients(sums, H, E, A, B, W_alpha, W_beta, S_alpha, S_beta, gain)
+    return _of_depth(launch, H, g_H, g_z, E, sums, (A, B, W_alpha, W_beta, S_alpha, S_beta, gain), link)
+
+
+def _of_depth(launch: Launch, H, g_H, g_z, E, sums, parameters, link: Link):
+    """All gradients of a depth, and e, where it goes to the width before it, which has those of W and gain then."""
+    A, B, W_alpha, W_beta, S_alpha, S_beta, gain = parameters
+    g_A, g_B, g_S_alpha, g_S_beta = launch.gradients(sums, A, B, S_alpha, S_beta)
+    if link.hands_on:
+        g_W_alpha = g_W_beta = g_gain = None
+        E = E.view(*H.shape[:-1], -1)
+    else:
+        g_W_alpha, g_W_beta, g_gain = launch.weight_gradients(H, None, E, W_alpha, W_beta, gain)
+        E = None
+    return (g_H, g_z, g_A, g_B, g_W_alpha, g_W_beta, g_S_alpha, g_S_beta, g_gain), E, None
 
 
 def _step(
@@ -122,19 +140,20 @@ def _step(
     return out, x
 
 
-def _step_backward(
+def _step_gradients(
     H, z, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, next_A, next_W, next_S, next_gain, norm_gain, out,
-    eps, next_eps, norm_eps, g_out, g_x,
+    eps, next_eps, norm_eps, g_out, g_x, *, link: Link = UNLINKED,
 ):  # fmt: skip
     H, z, g_out, g_x = H.contiguous(), z.contiguous(), g_out.contiguous(), g_x.contiguous()
     launch = Launch(H, B.shape[0], W_alpha is not None)
     name, m, columns = "step_backward", launch.m, launch.n + launch.m
     parameters = (A, B, W_alpha, W_beta, S_alpha, S_beta, gain)
     if not fuses_step_backward(m, launch.n, launch.d, H.dtype):
-        g, *of_width = _width_backward(
-            out, next_A, next_W, next_S, next_gain, norm_gain, next_eps, norm_eps, g_x, add=g_out
+        (g, *of_width), _, of_next = _width_gradients(
+            out, next_A, next_W, next_S, next_gain, norm_gain, next_eps, norm_eps, g_x, link=link, add=g_out
         )  # fmt: skip
-        return *_depth_backward(H, z, *parameters, eps, g), *of_width
+        of_depth, E, _ = _depth_gradients(H, z, *parameters, eps, g, link=link)
+        return (*of_depth, *of_width), E, of_next
     g_H, g_z = torch.empty_like(H), torch.empty_like(z)
     E, next_E = launch.coefficient_gradients(columns), launch.coefficient_gradients(m)
     sums, next_sums = launch.partial(name, columns), launch.partial(name, m)
@@ -147,13 +166,10 @@ def _step_backward(
         name, *states, g_out, g_x, g_H, g_z, E, next_E, sums, next_sums, norm_sums, *between, V, A, B, S_alpha, S_beta,
         next_A, next_S, norm_gain, launch.T, eps, next_eps, norm_eps, NORM=norm_gain is not None,
     )  # fmt: skip
-    g_A, _, g_W, _, g_S, _, g_gain = launch.gradients(
-        next_sums, out, next_E, next_A, None, next_W, None, next_S, None, next_gain
-    )  # fmt: skip
-    return (
-        g_H, g_z, *launch.gradients(sums, H, E, *parameters), g_A, g_W, g_S, g_gain,
-        launch.norm_gradient(name, norm_sums, norm_gain),
-    )  # fmt: skip
+    of_depth, E, _ = _of_depth(launch, H, g_H, g_z, E, sums, parameters, link)
+    g_A, _, g_S, _ = launch.gradients(next_sums, next_A, None, next_S, None)
+    g_W, of_next, g_gain = launch.weight_gradients(out, next_E, link.e, next_W, link.W_beta, next_gain)
+    return (*of_depth, g_A, g_W, g_S, g_gain, launch.norm_gradient(name, norm_sums, norm_gain)), E, of_next
 
 
 def _last(H, z, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, weight, bias, eps, norm_eps):
@@ -164,7 +180,9 @@ def _last(H, z, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, weight, bias, eps,
     return y
 
 
-def _last_backward(H, z, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, weight, bias, eps, norm_eps, g_y):
+def _last_gradients(
+    H, z, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, weight, bias, eps, norm_eps, g_y, *, link: Link = UNLINKED
+):  # fmt: skip
     H, z, g_y = H.contiguous(), z.contiguous(), g_y.contiguous()
     launch = Launch(H, B.shape[0], W_alpha is not None)
     parameters = (A, B, W_alpha, W_beta, S_alpha, S_beta, gain)
@@ -174,8 +192,8 @@ def _last_backward(H, z, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, weight, b
     launch.start(
         name, H, z, g_y, g, weight_sums, bias_sums, V, A, B, S_alpha, S_beta, weight, launch.T, eps, norm_eps
     )  # fmt: skip
-    of_depth = _depth_backward(H, z, *parameters, eps, g)
-    return *of_depth, weight_sums.sum(0).to(weight.dtype), bias_sums.sum(0).to(bias.dtype)
+    of_depth, E, _ = _depth_gradients(H, z, *parameters, eps, g, link=link)
+    return (*of_depth, weight_sums.sum(0).to(weight.dtype), bias_sums.sum(0).to(bias.dtype)), E, None
 
 
 # ------------------------------------------------------------------------- the same by the reference, for autograd
@@ -213,28 +231,28 @@ def _reference_last(H, z, *rest):
 
 _PARAMETERS = "Tensor A, Tensor B, Tensor? W_alpha, Tensor? W_beta, Tensor? S_alpha, Tensor? S_beta, Tensor? gain"
 
-_width_operation = Operation(
+_width_operation = LinkedOperation(
     "triton_width",
     "Tensor H, Tensor A, Tensor? W_alpha, Tensor? S_alpha, Tensor? gain, Tensor? norm_gain, float eps, float norm_eps",
-    kept=6, outputs=1, run=_width, run_backward=_width_backward, reference=_reference_width,
+    kept=6, outputs=1, run=_width, gradients=_width_gradients, reference=_reference_width,
     shapes=lambda H, A, *_: ((*H.shape[:-2], (A.shape[1] - A.shape[0]) * H.shape[-1]),),
     rest=lambda *g: (None, None),
 )  # fmt: skip
-_depth_operation = Operation(
+_depth_operation = LinkedOperation(
     "triton_depth", f"Tensor H, Tensor z, {_PARAMETERS}, float eps",
-    kept=9, outputs=1, run=_depth, run_backward=_depth_backward, reference=_reference_depth,
+    kept=9, outputs=1, run=_depth, gradients=_depth_gradients, reference=_reference_depth,
     shapes=lambda H, *_: (H.shape,), rest=lambda *g: (None,),
 )  # fmt: skip
-_step_operation = Operation(
+_step_operation = LinkedOperation(
     "triton_step",
     f"Tensor H, Tensor z, {_PARAMETERS}, Tensor next_A, Tensor? next_W, Tensor? next_S, Tensor? next_gain, "
     "Tensor? norm_gain, float eps, float next_eps, float norm_eps",
-    kept=14, outputs=2, kept_outputs=(0,), run=_step, run_backward=_step_backward, reference=_reference_step,
+    kept=14, outputs=2, kept_outputs=(0,), run=_step, gradients=_step_gradients, reference=_reference_step,
     shapes=lambda H, z, *_: (H.shape, z.shape), rest=lambda *g: (None, None, None),
 )  # fmt: skip
-_last_operation = Operation(
+_last_operation = LinkedOperation(
     "triton_last", f"Tensor H, Tensor z, {_PARAMETERS}, Tensor weight, Tensor bias, float eps, float norm_eps",
-    kept=11, outputs=1, run=_last, run_backward=_last_backward, reference=_reference_last,
+    kept=11, outputs=1, run=_last, gradients=_last_gradients, reference=_reference_last,
     shapes=lambda H, *_: (H.shape,), rest=lambda *g: (None, None),
 )  # fmt: skip
 
@@ -307,8 +325,20 @@ def enter(H: Tensor, parameters: Parameters, eps: float | None, norm=None) -> tu
     _check(H, parameters)
     parameters, eps = _contiguous(parameters), _epsilon(eps)
     gain, norm_eps = _norm(norm, H, parameters.B.shape[0] * H.shape[-1])
-    A, _, W_alpha, _, S_alpha, _, slot_gain = parameters
-    return _width_operation(H, A, W_alpha, S_alpha, slot_gain, gain, eps, norm_eps), State(H, parameters, eps)
+    A, _, W_alpha, W_beta, S_alpha, _, slot_gain = parameters
+    x, link = _width_operation(
+        H, A, W_alpha, S_alpha, slot_gain, gain, eps, norm_eps, W_beta=W_beta, made=unmade_link(H, parameters)
+    )  # fmt: skip
+    return x, State(H, parameters, eps, link)
+
+
+def unmade_link(H: Tensor, parameters: Parameters) -> Tensor | None:
+    """A link for a state, [..., n, n+m], that no operation has made yet: see `vwn_ref.kernels.linked`. None where the
+    GHC is static, has no W and so no e."""
+    if parameters.W_beta is None:
+        return None
+    m, n = parameters.B.shape
+    return nothing(H.device, e_dtype(m, n, H.dtype)).expand(*H.shape[:-1], n + m)
 
 
 def _norm(norm, like: Tensor, width: int) -> tuple[Tensor | None, float]:
@@ -344,7 +374,7 @@ def _checked_z(z: Tensor, state: State) -> Tensor:
 
 def depth(z: Tensor, state: State) -> Tensor:
     """`vwn_ref.ghc.depth`: z [..., D] and the state of `width` or `dynamic_width` -> H [..., n, d_b]."""
-    return _depth_operation(state.H, _checked_z(z, state), *state.parameters, state.eps)
+    return _depth_operation(state.H, _checked_z(z, state), *state.parameters, state.eps, link=state.link)[0]
 
 
 def step(z: Tensor, state: State, parameters: Parameters, eps: float | None, norm=None) -> tuple[Tensor, State]:
@@ -360,11 +390,12 @@ def step(z: Tensor, state: State, parameters: Parameters, eps: float | None, nor
         raise ValueError("parameters: must be dynamic where those of the state are, and static where they are")
     parameters, eps = _contiguous(parameters), _epsilon(eps)
     gain, norm_eps = _norm(norm, z, z.shape[-1])
-    A, _, W_alpha, _, S_alpha, _, slot_gain = parameters
-    H, x = _step_operation(
-        state.H, z, *state.parameters, A, W_alpha, S_alpha, slot_gain, gain, state.eps, eps, norm_eps
+    A, _, W_alpha, W_beta, S_alpha, _, slot_gain = parameters
+    H, x, link = _step_operation(
+        state.H, z, *state.parameters, A, W_alpha, S_alpha, slot_gain, gain, state.eps, eps, norm_eps,
+        link=state.link, W_beta=W_beta, made=unmade_link(state.H, parameters),
     )  # fmt: skip
-    return x, State(H, parameters, eps)
+    return x, State(H, parameters, eps, link)
 
 
 def last(z: Tensor, state: State, norm) -> Tensor:
@@ -381,4 +412,4 @@ def last(z: Tensor, state: State, norm) -> Tensor:
         check_shape(f"norm.{name}", t, (n * state.H.shape[-1],), "[D′]")
         _check_beside(f"norm.{name}", t, state.H)
         affine.append(t.contiguous())
-    return _last_operation(state.H, z, *state.parameters, *affine, state.eps, norm.eps)
+    return _last_operation(state.H, z, *state.parameters, *affine, state.eps, norm.eps, link=state.link)[0]

@@ -168,12 +168,12 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
-def weight_sizes(m: int, n: int, d: int, K: int, dtype: torch.dtype) -> dict:
-    """The compile-time arguments of `weights_kernel`, for K columns, and num_warps."""
+def weight_sizes(m: int, n: int, d: int, read: int, write: int, dtype: torch.dtype) -> dict:
+    """The compile-time arguments of `weights_kernel`, for so many columns of a width and of a depth, and num_warps."""
     tiling = tile("weights_kernel", m, n, d, 8 * dtype.itemsize)
     return {
-        "D": d, "K": K, "KP": max(16, next_power_of_2(K)), "BR": 64, "BD": tiling.BD, "PREC": precision(dtype),
-        "num_warps": tiling.num_warps,
+        "D": d, "READ": read, "WRITE": write, "KP": max(16, next_power_of_2(read + write)), "BR": 64, "BD": tiling.BD,
+        "PREC": "bf16" if dtype == torch.bfloat16 else precision(dtype), "num_warps": tiling.num_warps,
     }  # fmt: skip
 
 
@@ -187,7 +187,7 @@ def e_dtype(m: int, n: int, dtype: torch.dtype) -> torch.dtype:
 def finish_sizes(m: int, n: int) -> dict:
     """Block sizes of the kernels of finish.py: tiles of some four thousand numbers, and not too few programs, so that
     none takes many turns."""
-    KP = next_power_of_2(n + m)
+    KP = next_power_of_2(n + 2 * m)
     BD = 1 if KP > 32 else 32 // KP * 4
     BE = 4 if n * (n + m) <= 128 else 32
     return {"BE": BE, "BP": 4096 // BE, "KP": KP, "BD": BD, "BS": max(1, 4096 // (KP * BD))}
@@ -295,39 +295,48 @@ class Launch:
         shape = (self.T, self.n, columns) if self.dynamic else (0,)
         return torch.empty(shape, dtype=e_dtype(self.m, self.n, self.dtype), device=self.device)
 
-    def weight_partial(self, H: Tensor, E: Tensor) -> Tensor:
-        """Σ H′ᵀ E over tokens and slots, in S parts: [S, d_b, columns]."""
-        rows, d, K = self.T * self.n, self.d, E.shape[-1]
-        constants = weight_sizes(self.m, self.n, d, K, H.dtype)
+    def gradients(self, sums: Tensor, A: Tensor, B, S_alpha, S_beta) -> list[Tensor | None]:
+        """Gradients of these four from the sums of a depth, [P, 2, n, n+m], or from those of a width, [P, 2, n, m],
+        whose B and S_beta are None; None for what is None."""
+        make = torch.empty_like if self.T else torch.zeros_like
+        found = [None if t is None else make(t) for t in (A, B, S_alpha, S_beta)]
+        if self.T:
+            blocks = finish_sizes(self.m, self.n)
+            with self.on_device():
+                coefficients_gradient_kernel[(triton.cdiv(A.numel(), blocks["BE"]),)](
+                    sums, sums.stride(0), len(sums), *(found[0] if t is None else t for t in found), M=self.m, N=self.n,
+                    DEPTH=B is not None, DYNAMIC=self.dynamic, BE=blocks["BE"], BP=blocks["BP"],
+                )  # fmt: skip
+        return found
+
+    def weight_partial(self, H: Tensor, E_read: Tensor | None, E_write: Tensor | None) -> Tensor:
+        """Σ H′ᵀ E over tokens and slots, in S parts: [S, d_b, columns]; those of a width before those of a depth."""
+        rows, d = self.T * self.n, self.d
+        read, write = (0 if E is None else E.shape[-1] for E in (E_read, E_write))
+        constants = weight_sizes(self.m, self.n, d, read, write, H.dtype)
         splits = min(triton.cdiv(rows, constants["BR"]), 2 if self.device.type == "cpu" else 128)
-        partial = torch.empty((splits, d, K), dtype=torch.float32, device=self.device)
+        partial = torch.empty((splits, d, read + write), dtype=torch.float32, device=self.device)
         with self.on_device():
-            weights_kernel[(triton.cdiv(d, constants["BD"]), splits)](H, E, partial, rows, **constants)
+            weights_kernel[(triton.cdiv(d, constants["BD"]), splits)](
+                H, *(H if E is None else E for E in (E_read, E_write)), partial, rows, **constants
+            )  # fmt: skip
         return partial
 
-    def gradients(self, sums: Tensor, H: Tensor, E: Tensor, A, B, W_alpha, W_beta, S_alpha, S_beta, gain) -> list:
-        """Gradients of the seven parameters from sums [P, 2, n, K] and e. Of a width, whose B, W_beta and S_beta are
-        None, they are None as well; of static GHCs, the last five."""
-        parameters = (A, B, W_alpha, W_beta, S_alpha, S_beta, gain)
+    def weight_gradients(self, H: Tensor, E_read, E_write, W_alpha, W_beta, gain) -> list[Tensor | None]:
+        """Gradients of these three, from e of a width, of a depth, or of both; None for W_beta where it is of a width,
+        and for all where the GHC is static."""
+        if not self.dynamic:
+            return [None, None, None]
+        whole = self.T and E_read is not None and E_write is not None  # every column is written
+        of_alpha = (torch.empty_like if whole else torch.zeros_like)(W_alpha)
         make = torch.empty_like if self.T else torch.zeros_like
-        found = [None if t is None else make(t) for t in parameters]
-        if not self.T:
-            return found
-        g_A, g_B, g_W_alpha, g_W_beta, g_S_alpha, g_S_beta, g_gain = found
-        shape = {"M": self.m, "N": self.n, "DEPTH": B is not None}
-        blocks = finish_sizes(self.m, self.n)
-        with self.on_device():
-            arguments = [g_A if t is None else t for t in (g_A, g_B, g_S_alpha, g_S_beta)]
-            coefficients_gradient_kernel[(triton.cdiv(self.n * (self.n + self.m), blocks["BE"]),)](
-                sums, sums.stride(0), len(sums), *arguments, **shape, DYNAMIC=self.dynamic, BE=blocks["BE"],
-                BP=blocks["BP"],
-            )  # fmt: skip
-            if self.dynamic:
-                partial = self.weight_partial(H, E)
-                arguments = (W_alpha, W_beta, gain, g_W_alpha, g_W_beta, g_gain)
-                arguments = [W_alpha if t is None else t for t in arguments]
+        found = [of_alpha, None if E_write is None else make(W_beta), make(gain)]
+        if self.T:
+            blocks, partial = finish_sizes(self.m, self.n), self.weight_partial(H, E_read, E_write)
+            with self.on_device():
                 projections_gradient_kernel[(triton.cdiv(self.d, blocks["BD"]),)](
-                    partial, len(partial), *arguments, **shape, D=self.d, KP=blocks["KP"], BS=blocks["BS"],
-                    BD=blocks["BD"],
+                    partial, len(partial), *(W_alpha if t is None else t for t in (W_alpha, W_beta, gain, *found)),
+                    M=self.m, N=self.n, D=self.d, READ=0 if E_read is None else self.m,
+                    WRITE=0 if E_write is None else self.n + self.m, KP=blocks["KP"], BS=blocks["BS"], BD=blocks["BD"],
                 )  # fmt: skip
         return found

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from vwn_ref.kernels.tiles import INTERPRETED, in_parts, load_parameter
+from vwn_ref.kernels.tiles import add_product, load_parameter
 
 # ------------------------------------------------------------------------------------------------ loads and stores
 
@@ -67,22 +67,6 @@ def add_matrix(pointer, C, column, R: tl.constexpr, K: tl.constexpr, stride: tl.
 
 
 # ---------------------------------------------------------------------------------------------------- products
-
-
-@triton.jit
-def add_product(total, X, Y):
-    """total + X Y, of float32 factors two parts; where both are, without the product of their lower parts."""
-    if X.dtype == tl.float32:
-        upper, lower = in_parts(X)
-        total = add_product(total, lower, Y.to(tl.bfloat16))
-        return add_product(total, upper, Y)
-    elif Y.dtype == tl.float32:
-        upper, lower = in_parts(Y)
-        return add_product(add_product(total, X, lower), X, upper)
-    elif INTERPRETED:  # which has no product of bfloat16
-        return total + tl.dot(X.to(tl.float32), Y.to(tl.float32), input_precision="ieee")
-    else:
-        return tl.dot(X, Y, total)
 
 
 @triton.jit

@@ -226,8 +226,8 @@ class Limit(NamedTuple):
 
 
 def limit(compiled: list[dict], op: str, direction: str, m: int, n: int, D: int) -> Limit | None:
-    """From the rows of `vwn_ref.kernels.aot`, bfloat16 on sm_90; None where one is missing. Backward, `weights_kernel`
-    is in the bytes, and not in the instructions."""
+    """From the rows of `vwn_ref.kernels.aot`, bfloat16 on sm_90; None where one is missing. Backward with
+    `weights_kernel`, in the form in which a step's launches it."""
     from vwn_ref.kernels.bench import kernel_bytes, minimal_bytes
     from vwn_ref.kernels.launch import whole_rows
 
@@ -235,11 +235,14 @@ def limit(compiled: list[dict], op: str, direction: str, m: int, n: int, D: int)
     names = [op if direction == "forward" else f"{op}_backward"]
     if names == ["step_backward"] and not find(compiled, kernel="step_backward", **wanted):
         names = ["width_backward", "depth_backward"]
+    one_kernel = len(names) == 1
+    if direction == "backward":
+        names.append("weights")
     counts = [find(compiled, kernel=name, **wanted).get("instructions") for name in names]
     if None in counts:
         return None
     size = (op, direction, m, n, D // m, 1, 2)
-    bytes_moved = minimal_bytes(*size), kernel_bytes(*size, len(names) == 1, whole_rows(m, n, D // m, 16) > 0)
+    bytes_moved = minimal_bytes(*size), kernel_bytes(*size, one_kernel, whole_rows(m, n, D // m, 16) > 0)
     return Limit(*(1e9 * x / BANDWIDTH for x in bytes_moved), 1e9 * sum(counts) / ISSUES)
 
 

@@ -54,6 +54,23 @@ def in_parts(x):
     return upper.to(tl.bfloat16), (x - upper).to(tl.bfloat16)
 
 
+@triton.jit
+def add_product(total, X, Y):
+    """total + X Y of two matrices on bfloat16 tensor cores: of float32 factors two parts, and where both are, without
+    the product of their lower parts."""
+    if X.dtype == tl.float32:
+        upper, lower = in_parts(X)
+        total = add_product(total, lower, Y.to(tl.bfloat16))
+        return add_product(total, upper, Y)
+    elif Y.dtype == tl.float32:
+        upper, lower = in_parts(Y)
+        return add_product(add_product(total, X, lower), X, upper)
+    elif INTERPRETED:  # which has no product of bfloat16
+        return total + tl.dot(X.to(tl.float32), Y.to(tl.float32), input_precision="ieee")
+    else:
+        return tl.dot(X, Y, total)
+
+
 # ------------------------------------------------------------------------------------------------- loads and stores
 
 

@@ -49,12 +49,13 @@ def test_minimal_bytes_are_those_of_the_tensors(op):
     t = bench.Task("fused", op, 2, 4, 16, 5)
     function, inputs, fresh = bench.work(t, bench.Bench(True, torch.device("cpu")))
     outputs = function(*inputs)
+    stored = [y for y in outputs if y.stride(-1)]  # a link has no numbers
     states = sum(x.nbytes for x in inputs[:fresh])
     shape = (op, 2, 4, 8, 5, 4)
-    assert bench.minimal_bytes(*shape[:1], "forward", *shape[1:]) == states + sum(y.nbytes for y in outputs)
+    assert bench.minimal_bytes(*shape[:1], "forward", *shape[1:]) == states + sum(y.nbytes for y in stored)
     back = [torch.ones_like(y) for y in outputs]
     gradients = torch.autograd.grad(outputs, inputs, back)  # every input is used, or this raises
-    moved = states + sum(g.nbytes for g in (*back, *gradients[:fresh]))
+    moved = states + sum(t.nbytes for t in (*stored, *gradients[:fresh]))
     assert bench.minimal_bytes(*shape[:1], "backward", *shape[1:]) == moved
 
 
@@ -63,9 +64,9 @@ def test_minimal_bytes_are_those_of_the_tensors(op):
     [
         ("width", {}, 3 * 3 + 2, 3 * 2),
         ("depth", {}, 4 * 3 + 2 * 2, 3 * 5),
-        ("step", {}, 6 * 3 + 3 * 2, 3 * 5 + 3 * 2),  # H′ and the new state twice: once by weights_kernel
-        ("step", {"mixes_again": True}, 5 * 3 + 3 * 2, 3 * 5 + 3 * 2),  # H′ twice, the new state by weights_kernel
-        ("step", {"one_kernel": False}, (3 * 3 + 2) + (3 * 3 + 2 * 2) + 2 * 3, 3 * 5 + 3 * 2),  # width, depth, weights
+        ("step", {}, 5 * 3 + 3 * 2, 3 * 5 + 3 * 2),  # the new state twice, once by weights_kernel
+        ("step", {"mixes_again": True}, 4 * 3 + 3 * 2, 3 * 5 + 3 * 2),  # the new state by weights_kernel only
+        ("step", {"one_kernel": False}, (3 * 3 + 2) + (3 * 3 + 2 * 2) + 3, 3 * 5 + 3 * 2),  # width, depth, weights
     ],
     ids=str,
 )

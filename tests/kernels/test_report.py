@@ -110,18 +110,19 @@ def test_limits_by_hand():
 
 
 def test_limits_of_a_step_backward():
-    """One kernel, or where it is two, both; a width or depth of its own is not made of others."""
-    two = [row("width_backward", 1000), row("depth_backward", 2000)]
-    for rows, count in (([row("step_backward", 2500), *two], 2500), (two, 3000)):
+    """One kernel, or where it is two, both, and that of the weights; a width or depth of its own is not made of
+    others."""
+    two = [row("width_backward", 1000), row("depth_backward", 1600), row("weights", 400)]
+    for rows, count in (([row("step_backward", 2100), *two], 2500), (two, 3000)):
         found = report.limit(rows, "step", "backward", 2, 4, 1024)
         assert found.starting == pytest.approx(count * 64 / 67e3)
         assert found.least == pytest.approx((3 * 4 + 3 * 2) * 1024 / 3350)
-        slots, e = 5 * 4 + 3 * 2 + (0 if count == 2500 else 2 * 4), 4 * (2 * 2 + 4)  # g between two kernels
+        slots, e = 4 * 4 + 3 * 2 + (0 if count == 2500 else 2 * 4), 4 * (2 * 2 + 4)  # g between two kernels
         assert found.moving == pytest.approx((slots * 1024 + 2 * 4 * e) / 3350)
         assert found.share == pytest.approx(found.least / max(found.moving, found.starting))
-    assert report.limit(two[:1], "step", "backward", 2, 4, 1024) is None
+    assert report.limit(two[:2], "step", "backward", 2, 4, 1024) is None
     for op, direction in (("depth", "backward"), ("last", "backward"), ("step", "forward")):
-        assert report.limit([two[0], row("depth_backward", 2000, D=2048)], op, direction, 2, 4, 1024) is None
+        assert report.limit([two[0], two[2], row("depth_backward", 2000, D=2048)], op, direction, 2, 4, 1024) is None
     assert report.limit(two, "last", "backward", 2, 4, 1024) is None
     assert report.limit(two, "step", "forward", 2, 4, 1024) is None
 

@@ -1,0 +1,103 @@
+"""How the gradient of a GHC's projections gets from the `depth` that makes it to the `width` that ran before it.
+
+Both need the coefficients of one GHC: `width` reads with Å, and `depth` of the same sublayer carries on with Â and
+writes with B. In a backward pass each makes its own columns of e = rstd · ∂L/∂q, and the gradients of W_α, W_β and gain
+are made of Σ H′ᵀ e. Each for itself they would read H′ once more, and launch the kernels for it. So `depth`, whose
+backward runs first, hands its e on, and `width` makes the gradients of all columns together: of a step's backward that
+is n rows a token.
+
+autograd carries it. Besides x, `width` returns the *link*, a tensor of the shape that e has, without numbers (one NaN,
+expanded). `depth` takes it as an argument and does nothing with it, but as its gradient it returns e. Who calls
+`depth` without a link, or with one that wants no gradient, gets all gradients from `depth` itself.
+
+For eager mode. Under torch.compile an operation is a custom operator without a link, as are those that are asked for
+a second derivative; there it is the reference that is differentiated.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from vwn_ref.kernels.operation import Operation, reference_gradients, tracing
+
+
+class Link(NamedTuple):
+    """What a backward pass has to do with links: whether the depth in it hands e on, and, for the width in it, W_β of
+    its GHC and the e that came, or None."""
+
+    hands_on: bool
+    W_beta: Tensor | None
+    e: Tensor | None
+
+
+UNLINKED = Link(False, None, None)
+
+
+@functools.cache
+def nothing(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """One NaN: what is not to be read shows where it is."""
+    return torch.full((), float("nan"), dtype=dtype, device=device)
+
+
+class LinkedOperation:
+    """An `Operation`, of which `gradients` is the backward pass, with links in eager mode.
+
+    gradients: (kept inputs, kept outputs, numbers, gradients of the outputs, link=) -> gradients of the kept inputs; e,
+        where it hands it on; the gradient of the width's W_β, where an e came. The rest as in `Operation`.
+    """
+
+    def __init__(
+        self, name: str, inputs: str, kept: int, outputs: int, run: Callable, gradients: Callable, shapes: Callable,
+        reference: Callable, rest: Callable, kept_outputs: tuple[int, ...] = (),
+    ) -> None:  # fmt: skip
+        self.unlinked = Operation(
+            name, inputs, kept, outputs, run, lambda *arguments: gradients(*arguments)[0], shapes, reference, rest,
+            kept_outputs=kept_outputs,
+        )  # fmt: skip
+
+        class Linked(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, link, W_beta, made, *arguments):
+                found = run(*arguments)
+                found = (found,) if isinstance(found, Tensor) else found
+                ctx.save_for_backward(W_beta, *arguments[:kept], *(found[i] for i in kept_outputs))
+                ctx.numbers = arguments[kept:]
+                ctx.hands_on = link is not None
+                ctx.like = tuple((y.shape, y.dtype, y.device) for y in found)
+                ctx.set_materialize_grads(False)  # no e is not an e of zeros
+                return *found, None if made is None else made.view_as(made)
+
+            @staticmethod
+            def backward(ctx, *of_outputs):
+                W_beta, *saved = ctx.saved_tensors
+                *of_outputs, e = of_outputs
+                of_outputs = [
+                    torch.zeros(shape, dtype=dtype, device=device) if g is None else g
+                    for g, (shape, dtype, device) in zip(of_outputs, ctx.like, strict=True)
+                ]
+                of_link = of_W_beta = None
+                if torch.is_grad_enabled():  # create_graph=True
+                    found = reference_gradients(lambda *t: reference(*t, *ctx.numbers), saved[:kept], of_outputs)
+                else:
+                    e = None if e is None else e.contiguous()
+                    link = Link(ctx.hands_on, W_beta, e)
+                    found, of_link, of_W_beta = gradients(*saved, *ctx.numbers, *of_outputs, link=link)
+                return of_link, of_W_beta, None, *found, *rest(*of_outputs)
+
+        self.linked = Linked.apply
+
+    def __call__(
+        self, *arguments, link: Tensor | None = None, W_beta: Tensor | None = None, made: Tensor | None = None
+    ):
+        """The outputs, and the link of the width in it, or None. link: what the depth in it is given; W_beta and made:
+        of the GHC of the width, and what its link shall be."""
+        if link is not None and not link.requires_grad:
+            link = None
+        if tracing(arguments[0]) or (link is None and made is None) or not torch.is_grad_enabled():
+            found = self.unlinked(*arguments)
+            return *((found,) if isinstance(found, Tensor) else found), None
+        return self.linked(link, W_beta, made, *arguments)
