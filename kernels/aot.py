@@ -224,7 +224,11 @@ def compile_one(job: Job) -> dict:
     if job.kernel in ONCE:
         return row
     chunks = -(-constants["D"] // constants["BD"])
-    tokens = Fraction(constants["BR"], job.n * chunks) if job.kernel == "weights" else constants.get("BT", 1)
+    tokens = (
+        Fraction(constants["BR"], job.n * chunks)
+        if job.kernel == "weights"
+        else constants.get("BT", constants.get("PER", 1))
+    )
     pieces = -(-job.n // 16) if job.n > 16 else 1
     issued = options["num_warps"] * instructions(cuobjdump(cubin, "-sass"), chunks, source.fn.fn.__name__, pieces)
     return row | {"instructions": round(issued / tokens)}

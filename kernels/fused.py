@@ -118,7 +118,7 @@ def _of_depth(launch: Launch, H, g_H, g_z, E, sums, parameters, link: Link):
     g_A, g_B, g_S_alpha, g_S_beta = launch.gradients(sums, A, B, S_alpha, S_beta)
     if link.hands_on:
         g_W_alpha = g_W_beta = g_gain = None
-        E = E.view(*H.shape[:-1], -1)
+        E = E.view(*H.shape[:-1], E.shape[-1])
     else:
         g_W_alpha, g_W_beta, g_gain = launch.weight_gradients(H, None, E, W_alpha, W_beta, gain)
         E = None
@@ -161,7 +161,7 @@ def _step_gradients(
     V = launch.projections(name, (W_alpha, W_beta, gain), (next_W, next_gain))
     family = launch.kernel(name).__name__.removesuffix("step_backward_kernel")
     states = (H, z) if family == "few_" else (H, z, out)  # it mixes `out` again
-    between = (_new(H, launch.programs(name), launch.n, launch.d),) if family == "many_" else ()
+    between = (_new(H, launch.at_once(name), launch.n, launch.d),) if family == "many_" else ()
     launch.start(
         name, *states, g_out, g_x, g_H, g_z, E, next_E, sums, next_sums, norm_sums, *between, V, A, B, S_alpha, S_beta,
         next_A, next_S, norm_gain, launch.T, eps, next_eps, norm_eps, NORM=norm_gain is not None,

@@ -59,22 +59,25 @@ def whole_rows(m: int, n: int, d: int, bits: int, backward: bool = True) -> int:
 
 
 def family(kernel: str, m: int, n: int, d: int, dtype: torch.dtype) -> str:
-    """What stands before the name of the kernel that is launched: few_ (up to 4 slots), many_ (more than 8 slots of
-    bfloat16), or nothing."""
+    """What stands before the name of the kernel that is launched: few_ (up to 4 slots), many_ (more, of bfloat16), or
+    nothing."""
     prefix = "few_" if whole_rows(m, n, d, 8 * dtype.itemsize) else "many_" if is_split(n, dtype) else ""
     return prefix if prefix + kernel in KERNELS else ""
 
 
 def is_split(n: int, dtype: torch.dtype) -> bool:
     """Whether products are of bfloat16, and float32 factors in two parts: see `vwn_ref.kernels.many`."""
-    return n > 8 and dtype == torch.bfloat16
+    return is_many(n) and dtype == torch.bfloat16
 
 
 def many_tile(kernel: str, n: int, d: int) -> Tile:
-    """For many.py: a warp for each 16 slots, as tensor cores take them, and 64 columns at a time, or 128 in a forward
-    pass of more than 32 slots. With 128 `many_step_backward` (8, 64) would spill."""
-    columns = 32 if INTERPRETED else 128 if n > 32 and not kernel.endswith("backward_kernel") else 64
-    return Tile(1, max(16, min(columns, next_power_of_2(d))), next_power_of_2(n) // 16, 2)
+    """For many.py: tokens of a tile, columns of d_b, and a warp for each 16 rows, as tensor cores take them. 64 columns
+    at a time; 128 in a forward pass of more than 32 slots, with which `many_step_backward` (8, 64) spills; and 32 where
+    a backward pass of few columns does with 64."""
+    backward = kernel.endswith("backward_kernel")
+    columns = 32 if INTERPRETED or (backward and n <= 16 and d <= 128) else 128 if n > 32 and not backward else 64
+    warps = max(1, next_power_of_2(n) // 16)
+    return Tile(2 if n <= 8 else 1, max(16, min(columns, next_power_of_2(d))), warps, 2)
 
 
 def tile(kernel: str, m: int, n: int, d: int, bits: int) -> Tile:
@@ -146,10 +149,10 @@ def sizes(kernel: str, m: int, n: int, d: int, dtype: torch.dtype) -> dict:
         warps = whole_rows(m, n, d, 8 * dtype.itemsize, kernel.endswith("backward_kernel"))
         return {"M": m, "N": n, "D": d, "BD": max(32, next_power_of_2(d)), "num_warps": warps}
     if kernel.startswith("many_"):
-        _, BD, num_warps, num_stages = many_tile(kernel, n, d)
+        PER, BD, num_warps, num_stages = many_tile(kernel, n, d)
         return {
-            "M": m, "N": n, "D": d, "BD": BD, "num_warps": num_warps, "num_stages": num_stages,
-            "MP": max(16, next_power_of_2(m)), "NP": max(16, next_power_of_2(n)),
+            "M": m, "N": n, "D": d, "PER": PER, "BD": BD, "num_warps": num_warps, "num_stages": num_stages,
+            "MP": max(16, PER * next_power_of_2(m)), "NP": max(16, next_power_of_2(n)),
         }  # fmt: skip
     BT, BD, num_warps, num_stages = tile(kernel, m, n, d, 8 * dtype.itemsize)
     many, MP, NP = is_many(n), next_power_of_2(m), next_power_of_2(n)
@@ -218,6 +221,10 @@ class Launch:
         since each has at least one. Eight warps are all that fit a multiprocessor with 255 registers a thread."""
         return min(self.T, programs(self.device, max(1, 8 // self.sizes(name)["num_warps"])))
 
+    def at_once(self, name: str) -> int:
+        """How many tokens have their sums apart: those of all programs, of which one may have several in a tile."""
+        return max(self.programs(name), 1) * self.sizes(name).get("PER", 1)
+
     def on_device(self):
         """Triton launches on the current device."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
@@ -262,7 +269,7 @@ class Launch:
             return None
         chosen = self.sizes(name)
         columns = chosen["BD"] if self.kernel(name).__name__.startswith("few_") else self.d
-        return self.zeros(max(self.programs(name), 1), self.m, columns)
+        return self.zeros(self.at_once(name), self.m, columns)
 
     def norm_gradient(self, name: str, partial: Tensor | None, like: Tensor | None) -> Tensor | None:
         """Their sum: [D]."""
@@ -278,16 +285,16 @@ class Launch:
         return torch.zeros(shape, dtype=torch.float32, device=self.device)
 
     def partial(self, name: str, columns: int) -> Tensor:
-        """Room for the sums of each program of that kernel: [P, 2, n, columns]. Those of many.py, and with more than 16
-        slots the others that have a depth in them, add to it, so it is zeros; and behind the latter's lies their room
-        for Â, see `vwn_ref.kernels.depth`."""
+        """Room for the sums of each program of that kernel, or of each place for a token in it: [P, 2, n, columns].
+        Those of many.py, and with more than 16 slots the others that have a depth in them, add to it, so it is zeros;
+        and behind the latter's lies their room for Â, see `vwn_ref.kernels.depth`."""
         size = own = 2 * self.n * columns
         chosen = self.sizes(name)
         if "BT" in chosen and columns > self.m:
             own = depth.own_size.fn(self.m, self.n, chosen["NP"], chosen["BT"])
         filled = self.dynamic and own == size and not self.kernel(name).__name__.startswith("many_")
         make = torch.empty if self.T and filled else torch.zeros
-        whole = make(max(self.programs(name), 1), own, dtype=torch.float32, device=self.device)
+        whole = make(self.at_once(name), own, dtype=torch.float32, device=self.device)
         return whole[:, :size].unflatten(1, (2, self.n, columns))
 
     def coefficient_gradients(self, columns: int) -> Tensor:

@@ -1,72 +1,141 @@
-"""The kernels for more than 8 slots of bfloat16: one token at a time, its matrices whole, every product on bfloat16
-tensor cores. What they compute is described in width.py, depth.py and step.py, formula by formula.
+"""The kernels for more than 4 slots of bfloat16: a token's matrices whole, every product on bfloat16 tensor cores. What
+they compute is described in width.py, depth.py and step.py, formula by formula.
 
     rows      X [RP, BD]   of a state, of x or of z: BD of the d_b columns, bfloat16 as they lie in memory
-    matrix    C [NP, KP]   of the token, in float32; slots first. Read and written matrices, [n, m], and Â, [n, n]
+    matrix    C [NP, KP]   in float32, slots first: Å and Bᵀ, [n, m], and Â, [n, n]; their projections and gradients
     V         [K, 2, d_b]  see projections.py: every row in two parts
 
-n and m are filled up with zeros to NP, a power of two, and MP, at least 16, which is what `tl.dot` takes. A product has
-the state as it is, with no conversion on the way from memory to the tensor core. Of a factor in float32 it takes two
-parts of 8 bits each, which makes some 16; of ∂L/∂q, which is kept in bfloat16 for the weights' gradients, one.
+A tensor core takes 16 rows at least. More than 8 slots are filled up to NP, a power of two, and m to MP, 16 or more. Up
+to 8 slots two tokens share a tile (PER = 2): rows of one above those of the other, 8 for each, and matrices on the
+diagonal, 0 beside it. Products of rows by rows give what one token has to do with the other as well; it is never
+stored, and every factor S or A that it meets is 0 there.
+
+A product takes a state as it is, with no conversion on the way from memory to the tensor core. A factor in float32 is
+taken in two parts of 8 bits each, which makes some 16; ∂L/∂q, which is kept in bfloat16 for the weights' gradients
+where n > 8, in one.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-from vwn_ref.kernels.tiles import add_product, load_parameter
+from vwn_ref.kernels.tiles import add_product
 
 # ------------------------------------------------------------------------------------------------ loads and stores
 
 
 @triton.jit
-def place(c, R: tl.constexpr, D: tl.constexpr, RP: tl.constexpr):
-    """Offsets of the columns `c` in a contiguous [R, D], and where they lie inside: [RP, BD] both."""
-    r = tl.arange(0, RP)[:, None]
-    return r * D + c[None, :], (r < R) & (c[None, :] < D)
+def of_token(RP: tl.constexpr, PER: tl.constexpr):
+    """Of each of RP rows the token that it belongs to, 0 … PER − 1, and which of its rows it is."""
+    r = tl.arange(0, RP)
+    if PER == 1:
+        return tl.zeros_like(r), r
+    else:
+        return r // (RP // PER), r % (RP // PER)
 
 
 @triton.jit
-def load_rows(pointer, c, R: tl.constexpr, D: tl.constexpr, RP: tl.constexpr):
-    """X [RP, BD], columns `c` of a contiguous [R, D]."""
-    offsets, inside = place(c, R, D, RP)
+def place(c, left, R: tl.constexpr, D: tl.constexpr, RP: tl.constexpr, PER: tl.constexpr):
+    """Offsets of the columns `c` in a contiguous [PER, R, D], and where they lie inside: [RP, BD] both. `left`: so many
+    tokens there are."""
+    token, r = of_token(RP, PER)
+    inside = r < R
+    if PER > 1:
+        r += token * R
+        inside &= token < left
+    return (r * D)[:, None] + c[None, :], inside[:, None] & (c[None, :] < D)
+
+
+@triton.jit
+def load_rows(pointer, c, left, R: tl.constexpr, D: tl.constexpr, RP: tl.constexpr, PER: tl.constexpr):
+    """X [RP, BD]."""
+    offsets, inside = place(c, left, R, D, RP, PER)
     return tl.load(pointer + offsets, mask=inside, other=0.0)
 
 
 @triton.jit
-def store_rows(pointer, X, c, R: tl.constexpr, D: tl.constexpr, RP: tl.constexpr):
+def store_rows(pointer, X, c, left, R: tl.constexpr, D: tl.constexpr, RP: tl.constexpr, PER: tl.constexpr):
     """The inverse; rounds to the type of the memory."""
-    offsets, inside = place(c, R, D, RP)
+    offsets, inside = place(c, left, R, D, RP, PER)
     tl.store(pointer + offsets, X.to(pointer.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def load_V(V, part: tl.constexpr, c, row, K: tl.constexpr, D: tl.constexpr, KP: tl.constexpr):
-    """One part of K rows of V from `row` on: [KP, BD]."""
-    k = tl.arange(0, KP)[:, None]
-    V += (2 * row + part) * D
-    return tl.load(V + k * (2 * D) + c[None, :], mask=(k < K) & (c[None, :] < D), other=0.0)
-
-
-@triton.jit
-def store_matrix(pointer, C, column, R: tl.constexpr, K: tl.constexpr, stride: tl.constexpr):
-    """C into columns `column` … of a contiguous [R, stride]."""
-    r, k = tl.arange(0, C.shape[0])[:, None], tl.arange(0, C.shape[1])[None, :]
-    tl.store(pointer + r * stride + column + k, C.to(pointer.dtype.element_ty), mask=(r < R) & (k < K))
-
-
-@triton.jit
-def add_matrix(pointer, C, column, R: tl.constexpr, K: tl.constexpr, stride: tl.constexpr):
-    """Add C there, in memory that no other program touches: sums of all tokens would not fit the registers."""
-    r, k = tl.arange(0, C.shape[0])[:, None], tl.arange(0, C.shape[1])[None, :]
-    places, inside = pointer + r * stride + column + k, (r < R) & (k < K)
-    before = tl.load(places, mask=inside, other=0.0)
+def add_rows(pointer, X, c, R: tl.constexpr, D: tl.constexpr, RP: tl.constexpr, PER: tl.constexpr):
+    """Add X there, in memory that no other program touches."""
+    offsets, inside = place(c, PER, R, D, RP, PER)
+    before = tl.load(pointer + offsets, mask=inside, other=0.0)
     tl.debug_barrier()  # threads may hold copies of an element: all have read before one writes
-    tl.store(places, before + C, mask=inside)
+    tl.store(pointer + offsets, before + X, mask=inside)
     tl.debug_barrier()
 
 
-# ---------------------------------------------------------------------------------------------------- products
+@triton.jit
+def load_gain(pointer, c, R: tl.constexpr, D: tl.constexpr, RP: tl.constexpr, PER: tl.constexpr):
+    """[RP, BD] in float32 of a contiguous [R, D], the same for every token."""
+    _, r = of_token(RP, PER)
+    inside = (r < R)[:, None] & (c[None, :] < D)
+    return tl.load(pointer + (r * D)[:, None] + c[None, :], mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_V(
+    V, part: tl.constexpr, c, row, K: tl.constexpr, D: tl.constexpr, KP: tl.constexpr, PER: tl.constexpr
+):  # fmt: skip
+    """One part of K rows of V from `row` on, for every token: [KP, BD]."""
+    _, k = of_token(KP, PER)
+    V += (2 * row + part) * D
+    return tl.load(V + (k * (2 * D))[:, None] + c[None, :], mask=(k < K)[:, None] & (c[None, :] < D), other=0.0)
+
+
+@triton.jit
+def diagonal_place(
+    row_stride, column_stride, size, R: tl.constexpr, K: tl.constexpr, RP: tl.constexpr, KP: tl.constexpr,
+    PER: tl.constexpr,
+):  # fmt: skip
+    """Offsets of the matrices of PER tokens, [R, K] each and `size` numbers apart, and where there is one: [RP, KP]."""
+    token, r = of_token(RP, PER)
+    other, k = of_token(KP, PER)
+    inside = (r < R)[:, None] & (k < K)[None, :]
+    r *= row_stride
+    if PER > 1:
+        r += token * size
+        inside &= token[:, None] == other[None, :]
+    return r[:, None] + (k * column_stride)[None, :], inside
+
+
+@triton.jit
+def load_parameter(
+    pointer, row_stride, column_stride, R: tl.constexpr, K: tl.constexpr, RP: tl.constexpr, KP: tl.constexpr,
+    PER: tl.constexpr,
+):  # fmt: skip
+    """[RP, KP] of a parameter [R, K], for every token."""
+    offsets, inside = diagonal_place(row_stride, column_stride, 0, R, K, RP, KP, PER)
+    return tl.load(pointer + offsets, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_matrix(pointer, C, left, R: tl.constexpr, K: tl.constexpr, stride: tl.constexpr, PER: tl.constexpr):
+    """C into the first K columns of a contiguous [PER, R, stride]."""
+    offsets, inside = diagonal_place(stride, 1, R * stride, R, K, C.shape[0], C.shape[1], PER)
+    if PER > 1:
+        token, _ = of_token(C.shape[0], PER)
+        inside &= (token < left)[:, None]
+    tl.store(pointer + offsets, C.to(pointer.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def add_matrix(pointer, C, size, R: tl.constexpr, K: tl.constexpr, stride: tl.constexpr, PER: tl.constexpr):
+    """Add C there, every token's `size` numbers from the last one's, in memory that no other program touches: sums of
+    all tokens would not fit the registers."""
+    offsets, inside = diagonal_place(stride, 1, size, R, K, C.shape[0], C.shape[1], PER)
+    before = tl.load(pointer + offsets, mask=inside, other=0.0)
+    tl.debug_barrier()  # threads may hold copies of an element: all have read before one writes
+    tl.store(pointer + offsets, before + C, mask=inside)
+    tl.debug_barrier()
+
+
+# ----------------------------------------------------------------------------------------------- products and sums
 
 
 @triton.jit
@@ -76,19 +145,19 @@ def product(X, Y):
 
 
 @triton.jit
-def project(total, h, V, c, row, K: tl.constexpr, D: tl.constexpr):
+def project(total, h, V, c, row, K: tl.constexpr, D: tl.constexpr, PER: tl.constexpr):
     """total + h Vᵀ, the columns `c` of K rows of V: [NP, KP]."""
     KP: tl.constexpr = total.shape[1]
-    total = add_product(total, h, tl.trans(load_V(V, 1, c, row, K, D, KP)))
-    return add_product(total, h, tl.trans(load_V(V, 0, c, row, K, D, KP)))
+    total = add_product(total, h, tl.trans(load_V(V, 1, c, row, K, D, KP, PER)))
+    return add_product(total, h, tl.trans(load_V(V, 0, c, row, K, D, KP, PER)))
 
 
 @triton.jit
-def spread(total, e, V, c, row, K: tl.constexpr, D: tl.constexpr):
+def spread(total, e, V, c, row, K: tl.constexpr, D: tl.constexpr, PER: tl.constexpr):
     """total + e V: [NP, BD]. What `project` does to gradients."""
     KP: tl.constexpr = e.shape[1]
-    total = add_product(total, e, load_V(V, 1, c, row, K, D, KP))
-    return add_product(total, e, load_V(V, 0, c, row, K, D, KP))
+    total = add_product(total, e, load_V(V, 1, c, row, K, D, KP, PER))
+    return add_product(total, e, load_V(V, 0, c, row, K, D, KP, PER))
 
 
 @triton.jit
@@ -105,6 +174,15 @@ def squares(x):
     return tl.sum(x * x, axis=1)
 
 
+@triton.jit
+def token_sum(x, PER: tl.constexpr):
+    """[KP] -> the sum over all that belongs to the same token, for each."""
+    if PER == 1:
+        return tl.broadcast_to(tl.sum(x), (x.shape[0],))
+    own = tl.sum(tl.reshape(x, (PER, x.shape[0] // PER)), axis=1)
+    return tl.reshape(tl.broadcast_to(own[:, None], (PER, x.shape[0] // PER)), (x.shape[0],))
+
+
 # ------------------------------------------------------------------------------------------------- coefficients
 
 
@@ -116,126 +194,97 @@ def quick_tanh(x):
 
 @triton.jit
 def inverse_root(total, count, eps):
-    """1/√(total/count + ε), and 0 where both are."""
+    """1/√(total/count + ε), and 0 where both are 0."""
     mean = total / count + eps
     return tl.where(mean > 0.0, 1.0 / tl.sqrt(tl.where(mean > 0.0, mean, 1.0)), 0.0)
 
 
 @triton.jit
-def coefficient(p, static, scale, DYNAMIC: tl.constexpr):
-    """scale ∘ tanh(p) + static, and that tanh."""
-    if DYNAMIC:
-        tanh_q = quick_tanh(p)
-        return scale * tanh_q + static, tanh_q
-    else:
-        return static, static
-
-
-@triton.jit
-def write_coefficients(
-    p_carry, p_write, rstd, A, B, S_alpha, S_beta,
-    M: tl.constexpr, N: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, DYNAMIC: tl.constexpr,
-):  # fmt: skip
-    """Â [NP, NP], its tanh and its S; and those of Bᵀ [NP, MP]; from the projections p."""
-    static_carry = load_parameter(A, M, N, N, M + N, 1, NP, NP)
-    static_write = load_parameter(B, 0, N, M, 1, N, NP, MP)  # B is [m, n]: strides swapped
-    scale_carry, scale_write = static_carry, static_write
-    if DYNAMIC:
-        scale_carry = load_parameter(S_alpha, M, N, N, M + N, 1, NP, NP)
-        scale_write = load_parameter(S_beta, 0, N, M, 1, N, NP, MP)
-    carry, tanh_carry = coefficient(p_carry * rstd[:, None], static_carry, scale_carry, DYNAMIC)
-    write, tanh_write = coefficient(p_write * rstd[:, None], static_write, scale_write, DYNAMIC)
-    return carry, tanh_carry, scale_carry, write, tanh_write, scale_write
-
-
-@triton.jit
-def read_matrix(
-    H, V, A, S_alpha, eps,
-    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
+def coefficients(
+    p, rstd, static, scale, row_stride, column_stride, N: tl.constexpr, K: tl.constexpr, PER: tl.constexpr,
     DYNAMIC: tl.constexpr,
 ):  # fmt: skip
-    """Å [NP, MP], its tanh, its projections, rstd of the slots [NP], and S_α."""
-    p = tl.zeros((NP, MP), tl.float32)
-    square = tl.zeros((NP,), tl.float32)
-    static = load_parameter(A, 0, N, M, M + N, 1, NP, MP)
-    scale = static
+    """C = S ∘ tanh(rstd · p) + A, Eqs. (13) and (14), [n, k] of each token; `static` and `scale` point to A and S."""
+    C = load_parameter(static, row_stride, column_stride, N, K, p.shape[0], p.shape[1], PER)
     if DYNAMIC:
-        scale = load_parameter(S_alpha, 0, N, M, M + N, 1, NP, MP)
-        for start in range(0, D, BD):
-            c = start + tl.arange(0, BD)
-            h = load_rows(H, c, N, D, NP)
-            square += squares(h)
-            p = project(p, h, V, c, 0, M, D)
-    rstd = inverse_root(square, D, eps)
-    C, tanh_q = coefficient(p * rstd[:, None], static, scale, DYNAMIC)
-    return C, tanh_q, p, rstd, scale
+        S = load_parameter(scale, row_stride, column_stride, N, K, p.shape[0], p.shape[1], PER)
+        C += S * quick_tanh(p * rstd[:, None])
+    return C
 
 
 # ------------------------------------------------------------------------------------------------------ forward
 
 
 @triton.jit
-def read_token(
-    H, X, V, A, S_alpha, norm_gain, eps, norm_eps,
+def read_tokens(
+    H, X, left, V, A, S_alpha, norm_gain, eps, norm_eps,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
-    DYNAMIC: tl.constexpr, NORM: tl.constexpr,
+    PER: tl.constexpr, DYNAMIC: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """x, or its norm y, of a token."""
-    C, _, _, _, _ = read_matrix(H, V, A, S_alpha, eps, M, N, D, MP, NP, BD, DYNAMIC)
-    Ct = tl.trans(C)
-    rstd_x = 1.0
-    if NORM:
-        square = tl.zeros((MP,), tl.float32)
+    """x, or its norm y."""
+    p = tl.zeros((NP, MP), tl.float32)
+    square = tl.zeros((NP,), tl.float32)
+    if DYNAMIC:
         for start in range(0, D, BD):
-            square += squares(product(Ct, load_rows(H, start + tl.arange(0, BD), N, D, NP)))
-        rstd_x = inverse_root(tl.sum(square), M * D, norm_eps)
+            c = start + tl.arange(0, BD)
+            h = load_rows(H, c, left, N, D, NP, PER)
+            square += squares(h)
+            p = project(p, h, V, c, 0, M, D, PER)
+    rstd = inverse_root(square, D, eps)
+    Ct = tl.trans(coefficients(p, rstd, A, S_alpha, M + N, 1, N, M, PER, DYNAMIC))
+    if NORM:
+        square_x = tl.zeros((MP,), tl.float32)
+        for start in range(0, D, BD):
+            square_x += squares(product(Ct, load_rows(H, start + tl.arange(0, BD), left, N, D, NP, PER)))
+        rstd_x = inverse_root(token_sum(square_x, PER), M * D, norm_eps)
     for start in range(0, D, BD):
         c = start + tl.arange(0, BD)
-        x = product(Ct, load_rows(H, c, N, D, NP))
+        x = product(Ct, load_rows(H, c, left, N, D, NP, PER))
         if NORM:
-            x = x * rstd_x * load_rows(norm_gain, c, M, D, MP).to(tl.float32)
-        store_rows(X, x, c, M, D, MP)
+            x = x * rstd_x[:, None] * load_gain(norm_gain, c, M, D, MP, PER)
+        store_rows(X, x, c, left, M, D, MP, PER)
 
 
 @triton.jit
-def write_token(
-    H, Z, OUT, V, A, B, S_alpha, S_beta, eps,
+def write_tokens(
+    H, Z, OUT, left, V, A, B, S_alpha, S_beta, eps,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
-    DYNAMIC: tl.constexpr,
+    PER: tl.constexpr, DYNAMIC: tl.constexpr,
 ):  # fmt: skip
-    """The new state of a token."""
+    """The new state."""
     p_carry = tl.zeros((NP, NP), tl.float32)
     p_write = tl.zeros((NP, MP), tl.float32)
     square = tl.zeros((NP,), tl.float32)
     if DYNAMIC:
         for start in range(0, D, BD):
             c = start + tl.arange(0, BD)
-            h = load_rows(H, c, N, D, NP)
+            h = load_rows(H, c, left, N, D, NP, PER)
             square += squares(h)
-            p_carry = project(p_carry, h, V, c, 0, N, D)
-            p_write = project(p_write, h, V, c, N, M, D)
+            p_carry = project(p_carry, h, V, c, 0, N, D, PER)
+            p_write = project(p_write, h, V, c, N, M, D, PER)
     rstd = inverse_root(square, D, eps)
-    carry, _, _, write, _, _ = write_coefficients(p_carry, p_write, rstd, A, B, S_alpha, S_beta, M, N, MP, NP, DYNAMIC)
-    carry_t = tl.trans(carry)
+    write = coefficients(p_write, rstd, B, S_beta, 1, N, N, M, PER, DYNAMIC)  # B is [m, n], so transposed
+    carry_t = tl.trans(coefficients(p_carry, rstd, A + M, S_alpha + M, M + N, 1, N, N, PER, DYNAMIC))
     for start in range(0, D, BD):
         c = start + tl.arange(0, BD)
-        out = product(carry_t, load_rows(H, c, N, D, NP))
-        out = add_product(out, write, load_rows(Z, c, M, D, MP))
-        store_rows(OUT, out, c, N, D, NP)
+        out = product(carry_t, load_rows(H, c, left, N, D, NP, PER))
+        out = add_product(out, write, load_rows(Z, c, left, M, D, MP, PER))
+        store_rows(OUT, out, c, left, N, D, NP, PER)
 
 
 @triton.jit(do_not_specialize=["T"])
 def many_width_kernel(
     H, X, V, A, S_alpha, norm_gain, T, eps, norm_eps,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
-    DYNAMIC: tl.constexpr, NORM: tl.constexpr,
+    PER: tl.constexpr, DYNAMIC: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """x of every token."""
-    for token in tl.range(tl.program_id(0), T, tl.num_programs(0), disable_licm=True):
-        t = tl.cast(token, tl.int64)
-        read_token(
-            H + t * (N * D), X + t * (M * D), V, A, S_alpha, norm_gain, eps, norm_eps,
-            M, N, D, MP, NP, BD, DYNAMIC, NORM,
+    for tile in tl.range(tl.program_id(0), tl.cdiv(T, PER), tl.num_programs(0), disable_licm=True):
+        t = tl.cast(tile, tl.int64) * PER
+        left = T - tile * PER
+        read_tokens(
+            H + t * (N * D), X + t * (M * D), left, V, A, S_alpha, norm_gain, eps, norm_eps,
+            M, N, D, MP, NP, BD, PER, DYNAMIC, NORM,
         )  # fmt: skip
 
 
@@ -243,14 +292,15 @@ def many_width_kernel(
 def many_depth_kernel(
     H, Z, OUT, V, A, B, S_alpha, S_beta, T, eps,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
-    DYNAMIC: tl.constexpr,
+    PER: tl.constexpr, DYNAMIC: tl.constexpr,
 ):  # fmt: skip
     """The new state of every token."""
-    for token in tl.range(tl.program_id(0), T, tl.num_programs(0), disable_licm=True):
-        t = tl.cast(token, tl.int64)
-        write_token(
-            H + t * (N * D), Z + t * (M * D), OUT + t * (N * D), V, A, B, S_alpha, S_beta, eps,
-            M, N, D, MP, NP, BD, DYNAMIC,
+    for tile in tl.range(tl.program_id(0), tl.cdiv(T, PER), tl.num_programs(0), disable_licm=True):
+        t = tl.cast(tile, tl.int64) * PER
+        left = T - tile * PER
+        write_tokens(
+            H + t * (N * D), Z + t * (M * D), OUT + t * (N * D), left, V, A, B, S_alpha, S_beta, eps,
+            M, N, D, MP, NP, BD, PER, DYNAMIC,
         )  # fmt: skip
 
 
@@ -258,19 +308,20 @@ def many_depth_kernel(
 def many_step_kernel(
     H, Z, OUT, X, V, A, B, S_alpha, S_beta, next_A, next_S, norm_gain, T, eps, next_eps, norm_eps,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
-    DYNAMIC: tl.constexpr, NORM: tl.constexpr,
+    PER: tl.constexpr, DYNAMIC: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """Both, of one token after the other."""
-    for token in tl.range(tl.program_id(0), T, tl.num_programs(0), disable_licm=True):
-        t = tl.cast(token, tl.int64)
-        write_token(
-            H + t * (N * D), Z + t * (M * D), OUT + t * (N * D), V, A, B, S_alpha, S_beta, eps,
-            M, N, D, MP, NP, BD, DYNAMIC,
+    """Both, of one tile of tokens after the other."""
+    for tile in tl.range(tl.program_id(0), tl.cdiv(T, PER), tl.num_programs(0), disable_licm=True):
+        t = tl.cast(tile, tl.int64) * PER
+        left = T - tile * PER
+        write_tokens(
+            H + t * (N * D), Z + t * (M * D), OUT + t * (N * D), left, V, A, B, S_alpha, S_beta, eps,
+            M, N, D, MP, NP, BD, PER, DYNAMIC,
         )  # fmt: skip
         tl.debug_barrier()  # the rows that other threads of this program wrote are read from here on
-        read_token(
-            OUT + t * (N * D), X + t * (M * D), V + (N + M) * 2 * D, next_A, next_S, norm_gain, next_eps, norm_eps,
-            M, N, D, MP, NP, BD, DYNAMIC, NORM,
+        read_tokens(
+            OUT + t * (N * D), X + t * (M * D), left, V + (N + M) * 2 * D, next_A, next_S, norm_gain, next_eps,
+            norm_eps, M, N, D, MP, NP, BD, PER, DYNAMIC, NORM,
         )  # fmt: skip
 
 
@@ -278,93 +329,96 @@ def many_step_kernel(
 
 
 @triton.jit
-def coefficient_backward(
-    p, dC, rstd, static, scale, first, row_stride, column_stride, E, own, own_tanh, column,
-    N: tl.constexpr, K: tl.constexpr, stride: tl.constexpr, DYNAMIC: tl.constexpr,
+def coefficients_backward(
+    p, dC, rstd, static, scale, row_stride, column_stride, E, own, own_tanh, size, left,
+    N: tl.constexpr, K: tl.constexpr, stride: tl.constexpr, PER: tl.constexpr, DYNAMIC: tl.constexpr,
 ):  # fmt: skip
-    """From p and ∂L/∂C: C, rstd · e and Σ_k(e ∘ p). e goes to E, and ∂L/∂C and ∂L/∂C ∘ tanh are added to `own` and
-    `own_tanh`, columns `column` … of [N, stride]."""
+    """From p and ∂L/∂C, [n, k]: C, rstd · e and Σ_k(e ∘ p). e goes to E, and ∂L/∂C and ∂L/∂C ∘ tanh are added to `own`
+    and `own_tanh`: into the first K of `stride` columns each."""
     NP: tl.constexpr = dC.shape[0]
     KP: tl.constexpr = dC.shape[1]
-    add_matrix(own, dC, column, N, K, stride)
+    add_matrix(own, dC, size, N, K, stride, PER)
     if DYNAMIC:
         tanh_q = quick_tanh(p * rstd[:, None])
-        add_matrix(own_tanh, dC * tanh_q, column, N, K, stride)
-        S = load_parameter(scale, first, N, K, row_stride, column_stride, NP, KP)
+        add_matrix(own_tanh, dC * tanh_q, size, N, K, stride, PER)
+        S = load_parameter(scale, row_stride, column_stride, N, K, NP, KP, PER)
         e = dC * S * (1.0 - tanh_q * tanh_q) * rstd[:, None]
         pull = tl.sum(e * p, axis=1)
         e = e.to(E.dtype.element_ty)
-        store_matrix(E, e, column, N, K, stride)
-        tl.debug_barrier()
-        C = S * tanh_q + load_parameter(static, first, N, K, row_stride, column_stride, NP, KP)
+        store_matrix(E, e, left, N, K, stride, PER)
+        C = S * tanh_q + load_parameter(static, row_stride, column_stride, N, K, NP, KP, PER)
         return C, e.to(tl.bfloat16), pull
     else:
-        return load_parameter(static, first, N, K, row_stride, column_stride, NP, KP), dC, rstd
+        return load_parameter(static, row_stride, column_stride, N, K, NP, KP, PER), dC, rstd
 
 
 @triton.jit
 def read_backward(
-    H, G, G_add, G_H, E, own, norm_partial, V, A, S_alpha, norm_gain, eps, norm_eps,
+    H, G, G_add, G_H, E, own, norm_own, left, V, A, S_alpha, norm_gain, eps, norm_eps,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
-    DYNAMIC: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr,
+    PER: tl.constexpr, DYNAMIC: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """g_H′ (plus G_add, what else flows into H′) and rstd · e of a token; ∂L/∂Å and ∂L/∂Å ∘ tanh are added to `own`."""
+    """g_H′ (plus G_add, what else flows into H′) and rstd · e; ∂L/∂Å and ∂L/∂Å ∘ tanh are added to `own`.
+
+    With H′ H′ᵀ nothing of x is needed before Å is known: H′ xᵀ = (H′ H′ᵀ) Å, and Σ x² and Σ x ∘ g are the sums of
+    Å ∘ (H′ xᵀ) and Å ∘ (H′ gᵀ).
+    """
     p = tl.zeros((NP, MP), tl.float32)
     dC = tl.zeros((NP, MP), tl.float32)
-    gram = tl.zeros((NP, NP), tl.float32)  # H′ H′ᵀ
+    gram = tl.zeros((NP, NP), tl.float32)
     for start in range(0, D, BD):
         c = start + tl.arange(0, BD)
-        h = load_rows(H, c, N, D, NP)
-        g = load_rows(G, c, M, D, MP)
+        h = load_rows(H, c, left, N, D, NP, PER)
+        g = load_rows(G, c, left, M, D, MP, PER)
         if NORM:
-            g = g.to(tl.float32) * load_rows(norm_gain, c, M, D, MP).to(tl.float32)
+            g = g.to(tl.float32) * load_gain(norm_gain, c, M, D, MP, PER)
         dC = add_product(dC, h, tl.trans(g))
         gram = add_product(gram, h, tl.trans(h))
         if DYNAMIC:
-            p = project(p, h, V, c, 0, M, D)
+            p = project(p, h, V, c, 0, M, D, PER)
     rstd = inverse_root(diagonal(gram), D, eps)
-    C = load_parameter(A, 0, N, M, M + N, 1, NP, MP)
+    C = load_parameter(A, M + N, 1, N, M, NP, MP, PER)
     if DYNAMIC:
-        scale = load_parameter(S_alpha, 0, N, M, M + N, 1, NP, MP)
+        S = load_parameter(S_alpha, M + N, 1, N, M, NP, MP, PER)
         tanh_q = quick_tanh(p * rstd[:, None])
-        C += scale * tanh_q
+        C += S * tanh_q
     Ct = tl.trans(C)
     if NORM:
-        Hx = product(gram, C)  # = H′ xᵀ
-        rstd_x = inverse_root(tl.sum(C * Hx), M * D, norm_eps)
-        pull_x = rstd_x * rstd_x * rstd_x * tl.sum(C * dC) / (M * D)
-        dC = rstd_x * dC - pull_x * Hx
-    add_matrix(own, dC, 0, N, M, M)
+        Hx = product(gram, C)
+        rstd_x = inverse_root(token_sum(tl.sum(C * Hx, axis=0), PER), M * D, norm_eps)
+        pull_x = rstd_x * rstd_x * rstd_x * token_sum(tl.sum(C * dC, axis=0), PER) / (M * D)
+        dC = rstd_x[None, :] * dC - pull_x[None, :] * Hx
+    add_matrix(own, dC, 2 * N * M, N, M, M, PER)
     if DYNAMIC:
-        add_matrix(own + N * M, dC * tanh_q, 0, N, M, M)
-        e = dC * scale * (1.0 - tanh_q * tanh_q) * rstd[:, None]
+        add_matrix(own + N * M, dC * tanh_q, 2 * N * M, N, M, M, PER)
+        e = dC * S * (1.0 - tanh_q * tanh_q) * rstd[:, None]
         pull = tl.sum(e * p, axis=1) * rstd * rstd / D
         e = e.to(E.dtype.element_ty)
-        store_matrix(E, e, 0, N, M, M)
+        store_matrix(E, e, left, N, M, M, PER)
     for start in range(0, D, BD):
         c = start + tl.arange(0, BD)
-        h = load_rows(H, c, N, D, NP)
-        g = load_rows(G, c, M, D, MP)
+        h = load_rows(H, c, left, N, D, NP, PER)
+        g = load_rows(G, c, left, M, D, MP, PER)
         if NORM:
             x = product(Ct, h)
             g = g.to(tl.float32)
-            add_matrix(norm_partial + start, g * x * rstd_x, 0, M, D - start, D)
-            g = rstd_x * g * load_rows(norm_gain, c, M, D, MP).to(tl.float32) - pull_x * x
+            add_rows(norm_own, g * x * rstd_x[:, None], c, M, D, MP, PER)
+            g = rstd_x[:, None] * g * load_gain(norm_gain, c, M, D, MP, PER) - pull_x[:, None] * x
         g_h = product(C, g)
         if DYNAMIC:
-            g_h = spread(g_h, e.to(tl.bfloat16), V, c, 0, M, D) - pull[:, None] * h.to(tl.float32)
+            g_h = spread(g_h, e.to(tl.bfloat16), V, c, 0, M, D, PER) - pull[:, None] * h.to(tl.float32)
         if ADD:
-            g_h += load_rows(G_add, c, N, D, NP).to(tl.float32)
-        store_rows(G_H, g_h, c, N, D, NP)
+            g_h += load_rows(G_add, c, left, N, D, NP, PER).to(tl.float32)
+        store_rows(G_H, g_h, c, left, N, D, NP, PER)
 
 
 @triton.jit
 def write_backward(
-    H, Z, G, G_H, G_Z, E, own, V, A, B, S_alpha, S_beta, eps,
+    H, Z, G, G_H, G_Z, E, own, left, V, A, B, S_alpha, S_beta, eps,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
-    DYNAMIC: tl.constexpr,
+    PER: tl.constexpr, DYNAMIC: tl.constexpr,
 ):  # fmt: skip
-    """g_H′, g_z and rstd · e of a token; ∂L/∂C and ∂L/∂C ∘ tanh, of Â and of Bᵀ, are added to `own`."""
+    """g_H′, g_z and rstd · e; ∂L/∂C and ∂L/∂C ∘ tanh, of Â and of Bᵀ, are added to `own`."""
     K: tl.constexpr = N + M
     d_carry = tl.zeros((NP, NP), tl.float32)
     d_write = tl.zeros((NP, MP), tl.float32)
@@ -373,51 +427,51 @@ def write_backward(
     square = tl.zeros((NP,), tl.float32)
     for start in range(0, D, BD):
         c = start + tl.arange(0, BD)
-        h = load_rows(H, c, N, D, NP)
-        g = load_rows(G, c, N, D, NP)
+        h = load_rows(H, c, left, N, D, NP, PER)
+        g = load_rows(G, c, left, N, D, NP, PER)
         if DYNAMIC:
             square += squares(h)
-            p_carry = project(p_carry, h, V, c, 0, N, D)
-            p_write = project(p_write, h, V, c, N, M, D)
+            p_carry = project(p_carry, h, V, c, 0, N, D, PER)
+            p_write = project(p_write, h, V, c, N, M, D, PER)
         d_carry = add_product(d_carry, h, tl.trans(g))
-        d_write = add_product(d_write, g, tl.trans(load_rows(Z, c, M, D, MP)))
+        d_write = add_product(d_write, g, tl.trans(load_rows(Z, c, left, M, D, MP, PER)))
     rstd = inverse_root(square, D, eps)
     own_tanh = own + N * K
-    write, e_write, pull = coefficient_backward(
-        p_write, d_write, rstd, B, S_beta, 0, 1, N, E, own, own_tanh, N, N, M, K, DYNAMIC
+    carry, e_carry, pull_carry = coefficients_backward(
+        p_carry, d_carry, rstd, A + M, S_alpha + M, M + N, 1, E, own, own_tanh, 2 * N * K, left, N, N, K, PER, DYNAMIC
     )  # fmt: skip
-    carry, e_carry, pull_carry = coefficient_backward(
-        p_carry, d_carry, rstd, A, S_alpha, M, M + N, 1, E, own, own_tanh, 0, N, N, K, DYNAMIC
+    write, e_write, pull = coefficients_backward(
+        p_write, d_write, rstd, B, S_beta, 1, N, E + N, own + N, own_tanh + N, 2 * N * K, left, N, M, K, PER, DYNAMIC
     )  # fmt: skip
     pull = (pull + pull_carry) * rstd * rstd / D
     write_t = tl.trans(write)
     for start in range(0, D, BD):
         c = start + tl.arange(0, BD)
-        g = load_rows(G, c, N, D, NP)
+        g = load_rows(G, c, left, N, D, NP, PER)
+        store_rows(G_Z, product(write_t, g), c, left, M, D, MP, PER)
         g_h = product(carry, g)
         if DYNAMIC:
-            g_h = spread(g_h, e_carry, V, c, 0, N, D)
-            g_h = spread(g_h, e_write, V, c, N, M, D)
-            g_h -= pull[:, None] * load_rows(H, c, N, D, NP).to(tl.float32)
-        g_z = product(write_t, g)
-        store_rows(G_H, g_h, c, N, D, NP)
-        store_rows(G_Z, g_z, c, M, D, MP)
+            g_h = spread(g_h, e_carry, V, c, 0, N, D, PER)
+            g_h = spread(g_h, e_write, V, c, N, M, D, PER)
+            g_h -= pull[:, None] * load_rows(H, c, left, N, D, NP, PER).to(tl.float32)
+        store_rows(G_H, g_h, c, left, N, D, NP, PER)
 
 
 @triton.jit(do_not_specialize=["T"])
 def many_width_backward_kernel(
     H, G, G_add, G_H, E, partial, norm_partial, V, A, S_alpha, norm_gain, T, eps, norm_eps,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
-    DYNAMIC: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr,
+    PER: tl.constexpr, DYNAMIC: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """Program p adds its sums over tokens up in partial[p]: [2, n, m], zeros before."""
+    """Program p adds its sums over tokens up in partial[p]: [PER, 2, n, m], zeros before."""
     program = tl.program_id(0)
-    for token in tl.range(program, T, tl.num_programs(0), disable_licm=True):
-        t = tl.cast(token, tl.int64)
+    for tile in tl.range(program, tl.cdiv(T, PER), tl.num_programs(0), disable_licm=True):
+        t = tl.cast(tile, tl.int64) * PER
+        left = T - tile * PER
         read_backward(
             H + t * (N * D), G + t * (M * D), G_add + t * (N * D), G_H + t * (N * D), E + t * (N * M),
-            partial + program * (2 * N * M), norm_partial + program * (M * D), V, A, S_alpha, norm_gain, eps, norm_eps,
-            M, N, D, MP, NP, BD, DYNAMIC, NORM, ADD,
+            partial + program * (PER * 2 * N * M), norm_partial + program * (PER * M * D), left, V, A, S_alpha,
+            norm_gain, eps, norm_eps, M, N, D, MP, NP, BD, PER, DYNAMIC, NORM, ADD,
         )  # fmt: skip
 
 
@@ -425,16 +479,17 @@ def many_width_backward_kernel(
 def many_depth_backward_kernel(
     H, Z, G, G_H, G_Z, E, partial, V, A, B, S_alpha, S_beta, T, eps,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
-    DYNAMIC: tl.constexpr,
+    PER: tl.constexpr, DYNAMIC: tl.constexpr,
 ):  # fmt: skip
-    """The same with [2, n, n+m]: columns of Â before those of Bᵀ."""
+    """The same with [PER, 2, n, n+m]: columns of Â before those of Bᵀ."""
     program = tl.program_id(0)
-    for token in tl.range(program, T, tl.num_programs(0), disable_licm=True):
-        t = tl.cast(token, tl.int64)
+    for tile in tl.range(program, tl.cdiv(T, PER), tl.num_programs(0), disable_licm=True):
+        t = tl.cast(tile, tl.int64) * PER
+        left = T - tile * PER
         write_backward(
             H + t * (N * D), Z + t * (M * D), G + t * (N * D), G_H + t * (N * D), G_Z + t * (M * D),
-            E + t * (N * (N + M)), partial + program * (2 * N * (N + M)), V, A, B, S_alpha, S_beta, eps,
-            M, N, D, MP, NP, BD, DYNAMIC,
+            E + t * (N * (N + M)), partial + program * (PER * 2 * N * (N + M)), left, V, A, B, S_alpha, S_beta, eps,
+            M, N, D, MP, NP, BD, PER, DYNAMIC,
         )  # fmt: skip
 
 
@@ -443,22 +498,25 @@ def many_step_backward_kernel(
     H, Z, OUT, G_OUT, G_X, G_H, G_Z, E, next_E, partial, next_partial, norm_partial, between, V,
     A, B, S_alpha, S_beta, next_A, next_S, norm_gain, T, eps, next_eps, norm_eps,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
-    DYNAMIC: tl.constexpr, NORM: tl.constexpr,
+    PER: tl.constexpr, DYNAMIC: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the state between goes from one half to the other through [n, d_b] of memory of the program's
-    own, which stays in the cache."""
+    """The gradient of the state between goes from one half to the other through [PER, n, d_b] of memory of the
+    program's own, which stays in the cache."""
     program = tl.program_id(0)
-    between += tl.cast(program, tl.int64) * (N * D)
-    for token in tl.range(program, T, tl.num_programs(0), disable_licm=True):
-        t = tl.cast(token, tl.int64)
+    between += tl.cast(program, tl.int64) * (PER * N * D)
+    for tile in tl.range(program, tl.cdiv(T, PER), tl.num_programs(0), disable_licm=True):
+        t = tl.cast(tile, tl.int64) * PER
+        left = T - tile * PER
         read_backward(
             OUT + t * (N * D), G_X + t * (M * D), G_OUT + t * (N * D), between, next_E + t * (N * M),
-            next_partial + program * (2 * N * M), norm_partial + program * (M * D), V + (N + M) * 2 * D, next_A, next_S,
-            norm_gain, next_eps, norm_eps, M, N, D, MP, NP, BD, DYNAMIC, NORM, True,
+            next_partial + program * (PER * 2 * N * M), norm_partial + program * (PER * M * D), left,
+            V + (N + M) * 2 * D, next_A, next_S, norm_gain, next_eps, norm_eps,
+            M, N, D, MP, NP, BD, PER, DYNAMIC, NORM, True,
         )  # fmt: skip
         tl.debug_barrier()  # what other threads wrote is read from here on
         write_backward(
             H + t * (N * D), Z + t * (M * D), between, G_H + t * (N * D), G_Z + t * (M * D), E + t * (N * (N + M)),
-            partial + program * (2 * N * (N + M)), V, A, B, S_alpha, S_beta, eps, M, N, D, MP, NP, BD, DYNAMIC,
+            partial + program * (PER * 2 * N * (N + M)), left, V, A, B, S_alpha, S_beta, eps,
+            M, N, D, MP, NP, BD, PER, DYNAMIC,
         )  # fmt: skip
         tl.debug_barrier()  # and written again
