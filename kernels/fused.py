@@ -79,9 +79,13 @@ def _width_gradients(
     H, A, W_alpha, S_alpha, gain, norm_gain, eps, norm_eps, g_x, *, link: Link = UNLINKED, add=None
 ):  # fmt: skip
     """With `add`, another gradient of H, the gradient of H is the sum of both."""
-    H, g_x = H.contiguous(), g_x.contiguous()
+    H = H.contiguous()
     launch = Launch(H, A.shape[1] - A.shape[0], W_alpha is not None)
     name, m = "width_backward", launch.m
+    if g_x is None:  # x was not used, but e came
+        g_W, g_W_beta, g_gain = launch.weight_gradients(H, None, link.e, W_alpha, link.W_beta, gain)
+        return (None, None, g_W, None, g_gain, None), None, g_W_beta
+    g_x = g_x.contiguous()
     g_H, E, sums = torch.empty_like(H), launch.coefficient_gradients(m), launch.partial(name, m)
     norm_sums, V = launch.norm_partial(name, norm_gain), launch.projections(name, width=(W_alpha, gain))
     launch.start(

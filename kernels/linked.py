@@ -43,11 +43,19 @@ def nothing(device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.full((), float("nan"), dtype=dtype, device=device)
 
 
+def zeros_for_none(gradients: list[Tensor | None], like: tuple) -> list[Tensor | None]:
+    """For those that are missing; an only one stays None: nothing but e flows back into the width whose x it is of."""
+    if len(gradients) == 1:
+        return gradients
+    return [torch.zeros(**of) if g is None else g for g, of in zip(gradients, like, strict=True)]
+
+
 class LinkedOperation:
     """An `Operation`, of which `gradients` is the backward pass, with links in eager mode.
 
     gradients: (kept inputs, kept outputs, numbers, gradients of the outputs, link=) -> gradients of the kept inputs; e,
-        where it hands it on; the gradient of the width's W_β, where an e came. The rest as in `Operation`.
+        where it hands it on; the gradient of the width's W_β, where an e came. The gradient of an only output may be
+        None. The rest as in `Operation`.
     """
 
     def __init__(
@@ -67,7 +75,7 @@ class LinkedOperation:
                 ctx.save_for_backward(W_beta, *arguments[:kept], *(found[i] for i in kept_outputs))
                 ctx.numbers = arguments[kept:]
                 ctx.hands_on = link is not None
-                ctx.like = tuple((y.shape, y.dtype, y.device) for y in found)
+                ctx.like = tuple({"size": y.shape, "dtype": y.dtype, "device": y.device} for y in found)
                 ctx.set_materialize_grads(False)  # no e is not an e of zeros
                 return *found, None if made is None else made.view_as(made)
 
@@ -75,17 +83,15 @@ class LinkedOperation:
             def backward(ctx, *of_outputs):
                 W_beta, *saved = ctx.saved_tensors
                 *of_outputs, e = of_outputs
-                of_outputs = [
-                    torch.zeros(shape, dtype=dtype, device=device) if g is None else g
-                    for g, (shape, dtype, device) in zip(of_outputs, ctx.like, strict=True)
-                ]
+                of_outputs = zeros_for_none(of_outputs, ctx.like)
                 of_link = of_W_beta = None
-                if torch.is_grad_enabled():  # create_graph=True
-                    found = reference_gradients(lambda *t: reference(*t, *ctx.numbers), saved[:kept], of_outputs)
-                else:
-                    e = None if e is None else e.contiguous()
-                    link = Link(ctx.hands_on, W_beta, e)
+                if not torch.is_grad_enabled():
+                    link = Link(ctx.hands_on, W_beta, None if e is None else e.contiguous())
                     found, of_link, of_W_beta = gradients(*saved, *ctx.numbers, *of_outputs, link=link)
+                elif of_outputs[0] is None:  # and no e: where a derivative is differentiated, none is handed on
+                    found = (None,) * kept
+                else:
+                    found = reference_gradients(lambda *t: reference(*t, *ctx.numbers), saved[:kept], of_outputs)
                 return of_link, of_W_beta, None, *found, *rest(*of_outputs)
 
         self.linked = Linked.apply

@@ -162,7 +162,7 @@ def test_each_ghc_reads_its_state_once(monkeypatch):
     gradients(fused, read_alone)
     gradients(fused, written_alone)
     gradients(fused, of_a_state_cut_off)
-    assert found == [(M, None), (M, N + M), (None, N + M)]
+    assert found == [(M, None), (None, N + M), (None, N + M)]
 
 
 def test_a_link_has_no_memory_and_no_numbers():
