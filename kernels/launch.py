@@ -174,9 +174,11 @@ def precision(dtype: torch.dtype) -> str:
 def weight_sizes(m: int, n: int, d: int, read: int, write: int, dtype: torch.dtype) -> dict:
     """The compile-time arguments of `weights_kernel`, for so many columns of a width and of a depth, and num_warps."""
     tiling = tile("weights_kernel", m, n, d, 8 * dtype.itemsize)
+    KP, split = max(16, next_power_of_2(read + write)), dtype == torch.bfloat16
     return {
-        "D": d, "READ": read, "WRITE": write, "KP": max(16, next_power_of_2(read + write)), "BR": 64, "BD": tiling.BD,
-        "PREC": "bf16" if dtype == torch.bfloat16 else precision(dtype), "num_warps": tiling.num_warps,
+        "D": d, "READ": read, "WRITE": write, "KP": KP, "BD": tiling.BD, "num_warps": tiling.num_warps,
+        "BR": 64 if split or KP < 128 else 32,  # rows of float32 would not fit an AMD GPU's shared memory
+        "PREC": "bf16" if split else precision(dtype),
     }  # fmt: skip
 
 
