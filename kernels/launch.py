@@ -72,10 +72,13 @@ def is_split(n: int, dtype: torch.dtype) -> bool:
 
 def many_tile(kernel: str, n: int, d: int) -> Tile:
     """For many.py: tokens of a tile, columns of d_b, and a warp for each 16 rows, as tensor cores take them. 64 columns
-    at a time; 128 in a forward pass of more than 32 slots, with which `many_step_backward` (8, 64) spills; and 32 where
-    a backward pass of few columns does with 64."""
-    backward = kernel.endswith("backward_kernel")
-    columns = 32 if INTERPRETED or (backward and n <= 16 and d <= 128) else 128 if n > 32 and not backward else 64
+    at a time; 32 where a backward pass of few columns does with 64; 128 in a forward pass of more than 32 slots
+    (backward that spills, and `depth` of a single chunk would take 152 kB of shared memory)."""
+    backward, columns = kernel.endswith("backward_kernel"), 64
+    if INTERPRETED or (backward and n <= 16 and d <= 128):
+        columns = 32
+    elif n > 32 and not backward and (d > 128 or kernel != "many_depth_kernel"):
+        columns = 128
     warps = max(1, next_power_of_2(n) // 16)
     return Tile(2 if n <= 8 else 1, max(16, min(columns, next_power_of_2(d))), warps, 2)
 
