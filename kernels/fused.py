@@ -43,7 +43,7 @@ class State(NamedTuple):
     H: Tensor
     parameters: Parameters
     eps: float
-    link: Tensor | None = None  # see `vwn_ref.kernels.linked`
+    link: Tensor | None = None  # belongs to this H and these parameters: see `vwn_ref.kernels.linked`
 
 
 def _new(like: Tensor, *shape: int) -> Tensor:
@@ -331,18 +331,23 @@ def enter(H: Tensor, parameters: Parameters, eps: float | None, norm=None) -> tu
     gain, norm_eps = _norm(norm, H, parameters.B.shape[0] * H.shape[-1])
     A, _, W_alpha, W_beta, S_alpha, _, slot_gain = parameters
     x, link = _width_operation(
-        H, A, W_alpha, S_alpha, slot_gain, gain, eps, norm_eps, W_beta=W_beta, made=unmade_link(H, parameters)
+        H, A, W_alpha, S_alpha, slot_gain, gain, eps, norm_eps, W_beta=W_beta, made=_of_e(H, parameters)
     )  # fmt: skip
     return x, State(H, parameters, eps, link)
 
 
-def unmade_link(H: Tensor, parameters: Parameters) -> Tensor | None:
-    """A link for a state, [..., n, n+m], that no operation has made yet: see `vwn_ref.kernels.linked`. None where the
-    GHC is static, has no W and so no e."""
+def _of_e(H: Tensor, parameters: Parameters) -> tuple | None:
+    """Shape and dtype of e, and so of a link: [..., n, n+m]. None where the GHC is static, has no W and so no e."""
     if parameters.W_beta is None:
         return None
     m, n = parameters.B.shape
-    return nothing(H.device, e_dtype(m, n, H.dtype)).expand(*H.shape[:-1], n + m)
+    return (*H.shape[:-1], n + m), e_dtype(m, n, H.dtype)
+
+
+def unmade_link(H: Tensor, parameters: Parameters) -> Tensor | None:
+    """A link for a state that no operation has made: see `vwn_ref.kernels.linked`. For benchmarks and lessons."""
+    of_e = _of_e(H, parameters)
+    return None if of_e is None else nothing(H.device, *of_e)
 
 
 def _norm(norm, like: Tensor, width: int) -> tuple[Tensor | None, float]:
@@ -397,7 +402,7 @@ def step(z: Tensor, state: State, parameters: Parameters, eps: float | None, nor
     A, _, W_alpha, W_beta, S_alpha, _, slot_gain = parameters
     H, x, link = _step_operation(
         state.H, z, *state.parameters, A, W_alpha, S_alpha, slot_gain, gain, state.eps, eps, norm_eps,
-        link=state.link, W_beta=W_beta, made=unmade_link(state.H, parameters),
+        link=state.link, W_beta=W_beta, made=_of_e(state.H, parameters),
     )  # fmt: skip
     return x, State(H, parameters, eps, link)
 

@@ -153,7 +153,9 @@ def sizes(kernel: str, m: int, n: int, d: int, dtype: torch.dtype) -> dict:
         return {"M": m, "N": n, "D": d, "BD": max(32, next_power_of_2(d)), "num_warps": warps}
     if kernel.startswith("many_"):
         PER, BD, num_warps, num_stages = many_tile(kernel, n, d)
-        return {
+        reads = kernel.endswith(("width_backward_kernel", "step_backward_kernel"))
+        exact = {"PREC": precision(torch.float32)} if reads else {}  # of the one product that has to be
+        return exact | {
             "M": m, "N": n, "D": d, "PER": PER, "BD": BD, "num_warps": num_warps, "num_stages": num_stages,
             "MP": max(16, PER * next_power_of_2(m)), "NP": max(16, next_power_of_2(n)),
         }  # fmt: skip
@@ -274,7 +276,7 @@ class Launch:
             return None
         chosen = self.sizes(name)
         columns = chosen["BD"] if self.kernel(name).__name__.startswith("few_") else self.d
-        return self.zeros(self.at_once(name), self.m, columns)
+        return self.zeros(max(self.programs(name), 1), self.m, columns)
 
     def norm_gradient(self, name: str, partial: Tensor | None, like: Tensor | None) -> Tensor | None:
         """Their sum: [D]."""

@@ -10,13 +10,15 @@ autograd carries it. Besides x, `width` returns the *link*, a tensor of the shap
 expanded). `depth` takes it as an argument and does nothing with it, but as its gradient it returns e. Who calls
 `depth` without a link, or with one that wants no gradient, gets all gradients from `depth` itself.
 
-For eager mode. Under torch.compile an operation is a custom operator without a link, as are those that are asked for
-a second derivative; there it is the reference that is differentiated.
+Two consequences. A link belongs to the state H′ and the parameters that it was made with. And what flows back through
+`depth` alone also goes through the graph of that `width`, which one backward pass through both frees as usual.
+
+For eager mode. Under torch.compile and torch.export an operation is a custom operator without a link, and where a
+derivative is to be differentiated again, the reference is differentiated.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -37,10 +39,9 @@ class Link(NamedTuple):
 UNLINKED = Link(False, None, None)
 
 
-@functools.cache
-def nothing(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """One NaN: what is not to be read shows where it is."""
-    return torch.full((), float("nan"), dtype=dtype, device=device)
+def nothing(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor of one NaN: where it is read after all, it shows."""
+    return torch.full((), float("nan"), dtype=dtype, device=device).expand(shape)
 
 
 def zeros_for_none(gradients: list[Tensor | None], like: tuple) -> list[Tensor | None]:
@@ -77,12 +78,14 @@ class LinkedOperation:
                 ctx.hands_on = link is not None
                 ctx.like = tuple({"size": y.shape, "dtype": y.dtype, "device": y.device} for y in found)
                 ctx.set_materialize_grads(False)  # no e is not an e of zeros
-                return *found, None if made is None else made.view_as(made)
+                return *found, None if made is None else nothing(found[0].device, *made)
 
             @staticmethod
             def backward(ctx, *of_outputs):
                 W_beta, *saved = ctx.saved_tensors
                 *of_outputs, e = of_outputs
+                if e is None and all(g is None for g in of_outputs):  # that a node after this one returned
+                    return (None,) * (3 + kept + len(rest()))
                 of_outputs = zeros_for_none(of_outputs, ctx.like)
                 of_link = of_W_beta = None
                 if not torch.is_grad_enabled():
@@ -96,14 +99,14 @@ class LinkedOperation:
 
         self.linked = Linked.apply
 
-    def __call__(
-        self, *arguments, link: Tensor | None = None, W_beta: Tensor | None = None, made: Tensor | None = None
-    ):
+    def __call__(self, *arguments, link: Tensor | None = None, W_beta: Tensor | None = None, made: tuple | None = None):
         """The outputs, and the link of the width in it, or None. link: what the depth in it is given; W_beta and made:
-        of the GHC of the width, and what its link shall be."""
+        W_β of the GHC of the width, and shape and dtype of e there, None where it is static."""
         if link is not None and not link.requires_grad:
             link = None
+        if not any(isinstance(t, Tensor) and t.requires_grad for t in arguments):
+            made = None  # or x would want a gradient for W_β's sake
         if tracing(arguments[0]) or (link is None and made is None) or not torch.is_grad_enabled():
             found = self.unlinked(*arguments)
             return *((found,) if isinstance(found, Tensor) else found), None
-        return self.linked(link, W_beta, made, *arguments)
+        return self.linked(link, None if made is None else W_beta, made, *arguments)

@@ -8,7 +8,7 @@ they compute is described in width.py, depth.py and step.py, formula by formula.
 A tensor core takes 16 rows at least. More than 8 slots are filled up to NP, a power of two, and m to MP, 16 or more. Up
 to 8 slots two tokens share a tile (PER = 2): rows of one above those of the other, 8 for each, and matrices on the
 diagonal, 0 beside it. Products of rows by rows give what one token has to do with the other as well; it is never
-stored, and every factor S or A that it meets is 0 there.
+stored, and every factor S or A that it meets is 0 there. (0 · NaN is NaN: what is not finite reaches both tokens.)
 
 A product takes a state as it is, with no conversion on the way from memory to the tensor core. A factor in float32 is
 taken in two parts of 8 bits each, which makes some 16; ∂L/∂q, which is kept in bfloat16 for the weights' gradients
@@ -62,8 +62,10 @@ def store_rows(pointer, X, c, left, R: tl.constexpr, D: tl.constexpr, RP: tl.con
 
 @triton.jit
 def add_rows(pointer, X, c, R: tl.constexpr, D: tl.constexpr, RP: tl.constexpr, PER: tl.constexpr):
-    """Add X there, in memory that no other program touches."""
-    offsets, inside = place(c, PER, R, D, RP, PER)
+    """Add the rows of all tokens to a contiguous [R, D], in memory that no other program touches."""
+    if PER > 1:
+        X = tl.sum(tl.reshape(X, (PER, RP // PER, X.shape[1])), axis=0)
+    offsets, inside = place(c, 1, R, D, RP // PER, 1)
     before = tl.load(pointer + offsets, mask=inside, other=0.0)
     tl.debug_barrier()  # threads may hold copies of an element: all have read before one writes
     tl.store(pointer + offsets, before + X, mask=inside)
@@ -356,7 +358,7 @@ def coefficients_backward(
 def read_backward(
     H, G, G_add, G_H, E, own, norm_own, left, V, A, S_alpha, norm_gain, eps, norm_eps,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
-    PER: tl.constexpr, DYNAMIC: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr,
+    PER: tl.constexpr, PREC: tl.constexpr, DYNAMIC: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """g_H′ (plus G_add, what else flows into H′) and rstd · e; ∂L/∂Å and ∂L/∂Å ∘ tanh are added to `own`.
 
@@ -384,7 +386,8 @@ def read_backward(
         C += S * tanh_q
     Ct = tl.trans(C)
     if NORM:
-        Hx = product(gram, C)
+        # Where x is a small difference of large slots, two parts of 8 bits would not do for its square
+        Hx = tl.dot(gram, C, input_precision=PREC)
         rstd_x = inverse_root(token_sum(tl.sum(C * Hx, axis=0), PER), M * D, norm_eps)
         pull_x = rstd_x * rstd_x * rstd_x * token_sum(tl.sum(C * dC, axis=0), PER) / (M * D)
         dC = rstd_x[None, :] * dC - pull_x[None, :] * Hx
@@ -461,7 +464,7 @@ def write_backward(
 def many_width_backward_kernel(
     H, G, G_add, G_H, E, partial, norm_partial, V, A, S_alpha, norm_gain, T, eps, norm_eps,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
-    PER: tl.constexpr, DYNAMIC: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr,
+    PER: tl.constexpr, PREC: tl.constexpr, DYNAMIC: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """Program p adds its sums over tokens up in partial[p]: [PER, 2, n, m], zeros before."""
     program = tl.program_id(0)
@@ -470,8 +473,8 @@ def many_width_backward_kernel(
         left = T - tile * PER
         read_backward(
             H + t * (N * D), G + t * (M * D), G_add + t * (N * D), G_H + t * (N * D), E + t * (N * M),
-            partial + program * (PER * 2 * N * M), norm_partial + program * (PER * M * D), left, V, A, S_alpha,
-            norm_gain, eps, norm_eps, M, N, D, MP, NP, BD, PER, DYNAMIC, NORM, ADD,
+            partial + program * (PER * 2 * N * M), norm_partial + program * (M * D), left, V, A, S_alpha,
+            norm_gain, eps, norm_eps, M, N, D, MP, NP, BD, PER, PREC, DYNAMIC, NORM, ADD,
         )  # fmt: skip
 
 
@@ -498,7 +501,7 @@ def many_step_backward_kernel(
     H, Z, OUT, G_OUT, G_X, G_H, G_Z, E, next_E, partial, next_partial, norm_partial, between, V,
     A, B, S_alpha, S_beta, next_A, next_S, norm_gain, T, eps, next_eps, norm_eps,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
-    PER: tl.constexpr, DYNAMIC: tl.constexpr, NORM: tl.constexpr,
+    PER: tl.constexpr, PREC: tl.constexpr, DYNAMIC: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the state between goes from one half to the other through [PER, n, d_b] of memory of the
     program's own, which stays in the cache."""
@@ -509,9 +512,9 @@ def many_step_backward_kernel(
         left = T - tile * PER
         read_backward(
             OUT + t * (N * D), G_X + t * (M * D), G_OUT + t * (N * D), between, next_E + t * (N * M),
-            next_partial + program * (PER * 2 * N * M), norm_partial + program * (PER * M * D), left,
+            next_partial + program * (PER * 2 * N * M), norm_partial + program * (M * D), left,
             V + (N + M) * 2 * D, next_A, next_S, norm_gain, next_eps, norm_eps,
-            M, N, D, MP, NP, BD, PER, DYNAMIC, NORM, True,
+            M, N, D, MP, NP, BD, PER, PREC, DYNAMIC, NORM, True,
         )  # fmt: skip
         tl.debug_barrier()  # what other threads wrote is read from here on
         write_backward(

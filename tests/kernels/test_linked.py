@@ -133,7 +133,7 @@ def test_with_and_without_a_link(m, n, dtype, monkeypatch):
     """The same numbers: e is the same, and only the sums are made elsewhere."""
     case = (m, n, D, (7,), dtype)
     found = values.two_sublayers(fused, *case)
-    monkeypatch.setattr(fused, "unmade_link", lambda H, parameters: None)
+    monkeypatch.setattr(fused, "_of_e", lambda H, parameters: None)
     alone = values.two_sublayers(fused, *case)
     for name, one in found.items():
         scale = alone[name].abs().max().item()
@@ -179,6 +179,66 @@ def test_what_a_width_alone_leaves_without_a_gradient():
     """W_β has none where no depth was: None, as before, and not zeros that an optimizer would decay."""
     found = dict(zip(INPUTS, gradients(fused, read_alone), strict=True))
     assert [name for name, g in found.items() if g is None] == ["z", "B", "W_beta", "S_beta"]
+
+
+class Undefined(torch.autograd.Function):
+    """The identity of both; no gradient for the first."""
+
+    @staticmethod
+    def forward(ctx, a, b):
+        return a.clone(), b.clone()
+
+    @staticmethod
+    def backward(ctx, of_a, of_b):
+        return None, of_b
+
+
+def test_a_gradient_that_a_later_node_leaves_undefined():
+    """Of x, of the state after depth, or of both; with nothing left to do, there is nothing to do."""
+    H, z, g_x, g = (t.float() for t in states())
+    own = fused.Parameters(*(t.float().requires_grad_() for t in parameters()))
+    for of_x, of_state in ((True, False), (False, True), (True, True)):
+        x, state = fused.enter(H.requires_grad_(), own, helpers.EPS)
+        out = fused.depth(z.requires_grad_(), state)
+        if of_x:
+            x, _ = Undefined.apply(x, out.detach())
+        if of_state:
+            out, _ = Undefined.apply(out, x.detach())
+        found = torch.autograd.grad([x, out], [H, own.W_alpha], [g_x, g], allow_unused=True)
+        assert all(t is None for t in found) == (of_x and of_state)
+
+
+def test_only_the_last_matrix_wants_a_gradient():
+    """Then x does not, and a sublayer after it is not differentiated for nothing; depth makes W_β's gradient."""
+    H, z, _, g = (t.float() for t in states())
+    own = fused.Parameters(*(t.float() for t in parameters()))
+    own.W_beta.requires_grad_()
+    x, state = fused.enter(H, own, helpers.EPS)
+    assert not x.requires_grad and state.link is None
+    (found,) = torch.autograd.grad(fused.depth(z, state), own.W_beta, g)
+    assert found.isfinite().all() and found.any()
+
+
+def test_a_link_is_of_the_mode_it_was_made_in():
+    """No tensor of a tracer, or of inference mode, is kept for others."""
+    H, *_ = (t.float() for t in states())
+    own = fused.Parameters(*(t.float().requires_grad_() for t in parameters()))
+    with torch.inference_mode():
+        assert fused.enter(H, own, helpers.EPS)[1].link is None
+    module = Width(own)
+    for _ in range(2):
+        torch.export.export(module, (H,), strict=False)
+    link = fused.enter(H, own, helpers.EPS)[1].link
+    assert type(link) is torch.Tensor and not link.is_inference()
+
+
+class Width(torch.nn.Module):
+    def __init__(self, own):
+        super().__init__()
+        self.own = torch.nn.ParameterList(own)
+
+    def forward(self, H):
+        return fused.enter(H, fused.Parameters(*self.own), helpers.EPS)[0]
 
 
 def test_no_second_derivative_is_lost():

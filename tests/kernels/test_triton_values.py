@@ -345,6 +345,26 @@ def test_nan_and_infinity_stay_in_their_token(m, n, dtype, reached):
         assert out[fine].isfinite().all() and not out[4].isfinite().all()
 
 
+@pytest.mark.parametrize("n", [8, 16])
+def test_a_norm_of_small_differences(n):
+    """Slots that are nearly equal, and x the difference of two of them: 300 times smaller, and normed."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    H = (draw(6, 1, 64) + 0.003 * draw(6, n, 64)).bfloat16()
+    A = 0.01 * draw(n, 2 + n)
+    A[:, :2] = torch.eye(n)[:, :2].double() - torch.eye(n)[:, 2:4].double()
+    own = (A, draw(2, n), *(0.0 * draw(64, k) for k in (2 + n, 2)), draw(n, 2 + n), draw(2, n), draw(64))
+    back, found = draw(6, 128).bfloat16(), []
+    for ops, dtype in ((fused, torch.float32), (Reference, torch.float64)):
+        H_, *rest = (t.to(DEVICE, dtype).requires_grad_() for t in (H, *own))
+        H_ = H_.detach().to(torch.bfloat16 if ops is fused else dtype).requires_grad_()
+        norm = nn.RMSNorm(128, eps=1e-12, device=DEVICE, dtype=dtype)
+        x, _ = ops.enter(H_, fused.Parameters(*rest), helpers.EPS, norm)
+        found.append(torch.autograd.grad(x, [H_, rest[0]], back.to(DEVICE, x.dtype)))
+    for one, other in zip(*found, strict=True):
+        assert (one.double() - other).square().mean().sqrt() < 1e-2 * other.square().mean().sqrt()
+
+
 def test_tanh_near_zero_and_far():
     # d_b = 1, ε = 0: q = W itself; read through Å of a state of ones
     W = torch.tensor([1e-30, 1e-6, 1e-3, 0.05, 0.199, 0.2, 0.201, 1.0, 5.0, 9.0, 30.0, 1e30])
