@@ -225,8 +225,10 @@ class Launch:
 
     def programs(self, name: str) -> int:
         """How many programs share the tokens, and leave a partial sum each, in a backward pass; no more than tokens,
-        since each has at least one. Eight warps are all that fit a multiprocessor with 255 registers a thread."""
-        return min(self.T, programs(self.device, max(1, 8 // self.sizes(name)["num_warps"])))
+        since each has at least one. Eight warps are all that fit a multiprocessor with 255 registers a thread. Those of
+        `last` leave sums as large as a state: half as many."""
+        most = max(1, 8 // self.sizes(name)["num_warps"])
+        return min(self.T, programs(self.device, min(most, 4) if name == "last_backward" else most))
 
     def at_once(self, name: str) -> int:
         """How many tokens have their sums apart: those of all programs, of which one may have several in a tile."""
