@@ -3,11 +3,11 @@
 Both need the coefficients of one GHC: `width` reads with Å, and `depth` of the same sublayer carries on with Â and
 writes with B. In a backward pass each makes its own columns of e = rstd · ∂L/∂q, and the gradients of W_α, W_β and gain
 are made of Σ H′ᵀ e. Each for itself they would read H′ once more, and launch the kernels for it. So `depth`, whose
-backward runs first, hands its e on, and `width` makes the gradients of all columns together: of a step's backward that
-is n rows a token.
+backward runs first, hands its e on, and `width` makes the gradients of all columns together. That saves a step's
+backward n rows a token.
 
-autograd carries it. Besides x, `width` returns the *link*, a tensor of the shape that e has, without numbers (one NaN,
-expanded). `depth` takes it as an argument and does nothing with it, but as its gradient it returns e. Who calls
+autograd carries it. Besides x, `width` returns the *link*, a tensor of the shape of `depth`'s e, without numbers (one
+NaN, expanded). `depth` takes it as an argument and does nothing with it, but as its gradient it returns e. Who calls
 `depth` without a link, or with one that wants no gradient, gets all gradients from `depth` itself.
 
 Two consequences. A link belongs to the state H′ and the parameters that it was made with. And what flows back through

@@ -1,5 +1,5 @@
-"""The kernels for more than 4 slots of bfloat16: a token's matrices whole, every product on bfloat16 tensor cores. What
-they compute is described in width.py, depth.py and step.py, formula by formula.
+"""The kernels for more than 4 slots of bfloat16: a token's matrices whole, and every product but one, in
+`read_backward`, on bfloat16 tensor cores. What they compute is described in width.py, depth.py and step.py.
 
     rows      X [RP, BD]   of a state, of x or of z: BD of the d_b columns, bfloat16 as they lie in memory
     matrix    C [NP, KP]   in float32, slots first: Å and Bᵀ, [n, m], and Â, [n, n]; their projections and gradients
@@ -11,8 +11,8 @@ diagonal, 0 beside it. Products of rows by rows give what one token has to do wi
 stored, and every factor S or A that it meets is 0 there. (0 · NaN is NaN: what is not finite reaches both tokens.)
 
 A product takes a state as it is, with no conversion on the way from memory to the tensor core. A factor in float32 is
-taken in two parts of 8 bits each, which makes some 16; ∂L/∂q, which is kept in bfloat16 for the weights' gradients
-where n > 8, in one.
+taken in two parts of 8 bits each, which keeps some 16 (two such factors take three products); e = rstd · ∂L/∂q, which
+is kept in bfloat16 for the weights' gradients where n > 8, in one.
 """
 
 from __future__ import annotations
@@ -335,8 +335,8 @@ def coefficients_backward(
     p, dC, rstd, static, scale, row_stride, column_stride, E, own, own_tanh, size, left,
     N: tl.constexpr, K: tl.constexpr, stride: tl.constexpr, PER: tl.constexpr, DYNAMIC: tl.constexpr,
 ):  # fmt: skip
-    """From p and ∂L/∂C, [n, k]: C, rstd · e and Σ_k(e ∘ p). e goes to E, and ∂L/∂C and ∂L/∂C ∘ tanh are added to `own`
-    and `own_tanh`: into the first K of `stride` columns each."""
+    """From p and ∂L/∂C, [n, k]: C, e = rstd · ∂L/∂q and Σ_k(e ∘ p). e goes to E, and ∂L/∂C and ∂L/∂C ∘ tanh are added
+    to `own` and `own_tanh`: into the first K of `stride` columns each."""
     NP: tl.constexpr = dC.shape[0]
     KP: tl.constexpr = dC.shape[1]
     add_matrix(own, dC, size, N, K, stride, PER)
@@ -360,7 +360,7 @@ def read_backward(
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
     PER: tl.constexpr, PREC: tl.constexpr, DYNAMIC: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """g_H′ (plus G_add, what else flows into H′) and rstd · e; ∂L/∂Å and ∂L/∂Å ∘ tanh are added to `own`.
+    """g_H′ (plus G_add, what else flows into H′) and e; ∂L/∂Å and ∂L/∂Å ∘ tanh are added to `own`.
 
     With H′ H′ᵀ nothing of x is needed before Å is known: H′ xᵀ = (H′ H′ᵀ) Å, and Σ x² and Σ x ∘ g are the sums of
     Å ∘ (H′ xᵀ) and Å ∘ (H′ gᵀ).
@@ -421,7 +421,7 @@ def write_backward(
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
     PER: tl.constexpr, DYNAMIC: tl.constexpr,
 ):  # fmt: skip
-    """g_H′, g_z and rstd · e; ∂L/∂C and ∂L/∂C ∘ tanh, of Â and of Bᵀ, are added to `own`."""
+    """g_H′, g_z and e; ∂L/∂C and ∂L/∂C ∘ tanh, of Â and of Bᵀ, are added to `own`."""
     K: tl.constexpr = N + M
     d_carry = tl.zeros((NP, NP), tl.float32)
     d_write = tl.zeros((NP, MP), tl.float32)
@@ -504,7 +504,7 @@ def many_step_backward_kernel(
     PER: tl.constexpr, PREC: tl.constexpr, DYNAMIC: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the state between goes from one half to the other through [PER, n, d_b] of memory of the
-    program's own, which stays in the cache."""
+    program's own, which should stay in the cache."""
     program = tl.program_id(0)
     between += tl.cast(program, tl.int64) * (PER * N * D)
     for tile in tl.range(program, tl.cdiv(T, PER), tl.num_programs(0), disable_licm=True):
