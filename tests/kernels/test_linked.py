@@ -14,7 +14,6 @@ from vwn_ref import dynamic, ghc
 
 DEVICE = values.DEVICE
 M, N, D = 2, 4, 12
-SHAPES = [(2, 4), (4, 8)]
 INPUTS = ("H", "z", *fused.Parameters._fields)
 
 
@@ -115,7 +114,6 @@ def of_a_state_cut_off(ops, H, z, own, g_x, g):
     return [ops.depth(z, state)], [g]
 
 
-@pytest.mark.parametrize("m, n", SHAPES, ids=str)
 @pytest.mark.parametrize(
     "use",
     [
@@ -123,12 +121,15 @@ def of_a_state_cut_off(ops, H, z, own, g_x, g):
         of_a_state_cut_off,
     ],
 )  # fmt: skip
-def test_gradients_are_those_of_the_reference(use, m, n):
-    assert_gradients(use, INPUTS[1:] if use is of_a_state_cut_off else INPUTS, m, n)
+def test_gradients_are_those_of_the_reference(use):
+    assert_gradients(use, INPUTS[1:] if use is of_a_state_cut_off else INPUTS, M, N)
 
 
-@pytest.mark.parametrize("m, n", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_with_more_slots():
+    assert_gradients(one_state_for_two, INPUTS, 4, 8)
+
+
+@pytest.mark.parametrize("m, n, dtype", [(2, 4, torch.float32), (4, 8, torch.bfloat16)], ids=str)
 def test_with_and_without_a_link(m, n, dtype, monkeypatch):
     """The same numbers: e is the same, and only the sums are made elsewhere."""
     case = (m, n, D, (7,), dtype)

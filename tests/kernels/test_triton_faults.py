@@ -126,7 +126,7 @@ FAULTS_OF_MANY = {
 
 FAULTS = FAULTS_OF_WALKS | FAULTS_OF_ROWS | FAULTS_OF_TILES | FAULTS_OF_MANY
 CASE = (2, 4, 20, (5,), torch.float32)  # 20 columns: a second chunk of BD = 16, and part of it is padding
-CASE_OF_TILES = (2, 6, 20, (7,), torch.bfloat16)
+CASE_OF_TILES = (2, 6, 20, (5,), torch.bfloat16)
 CASE_OF_MANY = (2, 18, 20, (5,), torch.float32)
 
 
