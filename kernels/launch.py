@@ -79,8 +79,11 @@ def many_tile(kernel: str, n: int, d: int) -> Tile:
         columns = 32
     elif n > 32 and not backward and (d > 128 or kernel != "many_depth_kernel"):
         columns = 128
+    stages = 2
+    if LEAST_SUM > 8 and (n > 32 if backward else 8 < n <= 16):  # Triton before 3.8 spills more: no loads ahead
+        stages, columns = 1, 32 if backward and d <= 64 else columns
     warps = max(1, next_power_of_2(n) // 16)
-    return Tile(2 if n <= 8 else 1, max(16, min(columns, next_power_of_2(d))), warps, 2)
+    return Tile(2 if n <= 8 else 1, max(16, min(columns, next_power_of_2(d))), warps, stages)
 
 
 def tile(kernel: str, m: int, n: int, d: int, bits: int) -> Tile:

@@ -42,11 +42,11 @@ class Reference:
         return Reference.enter(ghc.depth(z, state), parameters, eps)
 
 
-def gradients(ops, use, m: int = M, n: int = N, dtype=torch.float32) -> list[torch.Tensor | None]:
+def gradients(ops, use, m: int = M, n: int = N) -> list[torch.Tensor | None]:
     """Of H, z and the parameters, after `use`(ops, H, z, parameters) -> outputs and what flows back into them."""
-    wide = torch.float64 if ops is Reference else dtype
-    H, z, *back = (t.to(dtype).to(wide) for t in states(m, n))
-    own = fused.Parameters(*(t.to(torch.float32).to(wide) for t in parameters(m, n)))
+    dtype = torch.float64 if ops is Reference else torch.float32
+    H, z, *back = (t.float().to(dtype) for t in states(m, n))
+    own = fused.Parameters(*(t.float().to(dtype) for t in parameters(m, n)))
     inputs = [t.requires_grad_() for t in (H, z, *own)]
     outputs, flow = use(ops, H, z, own, *back)
     return list(torch.autograd.grad(outputs, inputs, flow, allow_unused=True))
@@ -102,6 +102,12 @@ def one_state_for_two(ops, H, z, own, g_x, g):
     return [x, read, ops.depth(read, following), ops.depth(z, state)], [g_x, g_x.flip(-1), g, g.flip(-1)]
 
 
+def stepped_and_not_read(ops, H, z, own, g_x, g):
+    """Nothing flows back into the x of a step."""
+    x, state = ops.enter(H, own, helpers.EPS)
+    return [x, ops.depth(z, ops.step(z + x, state, own, helpers.EPS)[1])], [g_x, g]
+
+
 def of_a_state_cut_off(ops, H, z, own, g_x, g):
     """Width with no graph: depth has all gradients itself."""
     with torch.no_grad():
@@ -118,7 +124,7 @@ def of_a_state_cut_off(ops, H, z, own, g_x, g):
     "use",
     [
         both, written_alone, read_alone, written_twice, again_in_a_checkpoint, all_in_a_checkpoint, one_state_for_two,
-        of_a_state_cut_off,
+        stepped_and_not_read, of_a_state_cut_off,
     ],
 )  # fmt: skip
 def test_gradients_are_those_of_the_reference(use):

@@ -193,6 +193,25 @@ def test_whose_rows_stay_in_registers(m, n, d, bits, warps):
     assert forward in (warps, warps / 2) and bool(forward) == bool(warps)
 
 
+@pytest.mark.parametrize(
+    "name, m, n, dtype, tokens, each",
+    [
+        ("depth_backward", 2, 3, torch.bfloat16, 1, 8), ("step_backward", 4, 8, torch.bfloat16, 2, 8),
+        ("step_backward", 4, 16, torch.bfloat16, 1, 8), ("step_backward", 8, 64, torch.bfloat16, 1, 2),
+        ("depth_backward", 8, 64, torch.float32, 1, 1), ("last_backward", 4, 8, torch.bfloat16, 1, 4),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_programs_of_a_multiprocessor(name, m, n, dtype, tokens, each, monkeypatch):
+    """Eight warps; and sums for each, and for each of the tokens in a tile."""
+    monkeypatch.setattr(launching, "INTERPRETED", False)
+    monkeypatch.setattr(launching, "programs", lambda device, each: each)
+    launch = launching.Launch(torch.zeros(99, n, 1024 // m, dtype=dtype, device=DEVICE), m, dynamic=True)
+    assert (launch.programs(name), launch.at_once(name)) == (each, each * tokens)
+    if name == "step_backward":
+        assert launch.partial(name, m).shape == (each * tokens, 2, n, m)
+
+
 def test_projections():
     case = helpers.case(2, 3, 133, (1,), torch.float32)  # a second block of columns, and part of it is padding
     H, _, _, W_alpha, W_beta, _, _, gain = (t.to(DEVICE) for t in case.inputs)
