@@ -160,7 +160,6 @@ def build(job: Job) -> Build:
         constants = launch.weight_sizes(job.m, job.n, d, job.m, job.m + job.n, dtype)
     elif job.kernel == "projections":  # those of a step
         constants = {"M": job.m, "N": job.n, "D": d, "DEPTH": True, "WIDTH": True, **launch.PROJECTIONS}
-        constants["PARTS"] = 2 if launch.is_split(job.n, dtype) else 1
     elif job.kernel in ONCE:
         constants = {"M": job.m, "N": job.n, "D": d, "DEPTH": True, "DYNAMIC": job.dynamic}
         constants |= {"READ": job.m, "WRITE": job.m + job.n}
@@ -173,7 +172,8 @@ def build(job: Job) -> Build:
     options = {k: constants.pop(k) for k in ("num_warps", "num_stages") if k in constants}
     constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
     states = STATES | ({"E", "next_E", "E_read", "E_write"} if launch.e_dtype(job.m, job.n, dtype) == dtype else set())
-    states |= {"V"} if family == "many_" or constants.get("PARTS") == 2 else set()
+    if family == "many_" or (job.kernel == "projections" and launch.is_split(job.n, dtype)):
+        states |= {"V"}
     signature = {
         a: "constexpr" if a in constants else NUMBERS.get(a) or (f"*{job.dtype}" if a in states else "*fp32")
         for a in kernel.arg_names

@@ -16,6 +16,8 @@ import triton.language as tl
 from vwn_ref.kernels.rows import (
     add_rows,
     combine,
+    gather,
+    keep,
     load_row,
     load_rows,
     of_slots,
@@ -23,7 +25,9 @@ from vwn_ref.kernels.rows import (
     packed_size,
     store_row,
     sums,
+    touch,
     unpack,
+    untouched,
 )  # fmt: skip
 from vwn_ref.kernels.tiles import tanh
 
@@ -136,19 +140,28 @@ def read(
 @triton.jit(do_not_specialize=["T"])
 def few_width_kernel(
     H, X, V, A, S_alpha, norm_gain, T, eps, norm_eps,
-    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DYNAMIC: tl.constexpr, NORM: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, AHEAD: tl.constexpr, DYNAMIC: tl.constexpr,
+    NORM: tl.constexpr,
 ):  # fmt: skip
     """x, or y, of every token."""
     P: tl.constexpr = packed_size(N * M)
     static = read_parameter(A, M, N, P)
     scale = read_parameter(S_alpha, M, N, P) if DYNAMIC else static
+    kept = untouched(H, BD)
     for token in range(tl.program_id(0), T, tl.num_programs(0)):
         t = tl.cast(token, tl.int64)
         h = load_rows(H + t * (N * D), N, D, BD)
+        if AHEAD:
+            next_t = t + tl.num_programs(0)
+            touched = touch(H + next_t * (N * D), T - next_t, N, D, BD)
         C, _, _, _ = coefficients(h, V, static, scale, eps, M, D, BD, P, DYNAMIC)
         x = read(h, C, norm_gain, norm_eps, M, N, D, BD, P, NORM)
         for k in tl.static_range(M):
             store_row(X + t * (M * D), x[k], k, D, BD)
+        if AHEAD:
+            kept = gather(kept, touched)
+    if AHEAD:
+        keep(X, kept, T)
 
 
 @triton.jit
@@ -204,8 +217,8 @@ def read_backward(
 @triton.jit(do_not_specialize=["T"])
 def few_width_backward_kernel(
     H, G, G_add, G_H, E, partial, norm_partial, V, A, S_alpha, norm_gain, T, eps, norm_eps,
-    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DYNAMIC: tl.constexpr, NORM: tl.constexpr,
-    ADD: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, AHEAD: tl.constexpr, DYNAMIC: tl.constexpr,
+    NORM: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """Its sums over tokens a program leaves in partial[p], [2, n, m], and norm_partial[p], [m, d_b]."""
     P: tl.constexpr = packed_size(N * M)
@@ -215,16 +228,27 @@ def few_width_backward_kernel(
     sum_E = tl.zeros((P,), tl.float32)
     sum_ET = tl.zeros((P,), tl.float32)
     norm_sums = norm_partial + program * (M * BD)
+    kept = untouched(H, BD)
     for token in range(program, T, tl.num_programs(0)):
         t = tl.cast(token, tl.int64)
         h = load_rows(H + t * (N * D), N, D, BD)
         g = load_rows(G + t * (M * D), M, D, BD)
+        if AHEAD:
+            next_t = t + tl.num_programs(0)
+            touched = touch(H + next_t * (N * D), T - next_t, N, D, BD)
+            touched += touch(G + next_t * (M * D), T - next_t, M, D, BD)
+            if ADD:
+                touched += touch(G_add + next_t * (N * D), T - next_t, N, D, BD)
         g_h, sum_E, sum_ET = read_backward(
             h, g, G_add + t * (N * D), V, E + t * (N * M), static, scale, norm_gain, sum_E, sum_ET, norm_sums, eps,
             norm_eps, M, N, D, BD, P, DYNAMIC, NORM, ADD,
         )  # fmt: skip
         for i in tl.static_range(N):
             store_row(G_H + t * (N * D), g_h[i], i, D, BD)
+        if AHEAD:
+            kept = gather(kept, touched)
+    if AHEAD:
+        keep(G_H, kept, T)
     store_coefficients(partial + program * (2 * N * M), sum_E, N, M, P)
     if DYNAMIC:
         store_coefficients(partial + program * (2 * N * M) + N * M, sum_ET, N, M, P)
@@ -246,20 +270,29 @@ def write(h, z, C, M: tl.constexpr, N: tl.constexpr, P: tl.constexpr):
 @triton.jit(do_not_specialize=["T"])
 def few_depth_kernel(
     H, Z, OUT, V, A, B, S_alpha, S_beta, T, eps,
-    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DYNAMIC: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, AHEAD: tl.constexpr, DYNAMIC: tl.constexpr,
 ):  # fmt: skip
     """The new state of every token."""
     P: tl.constexpr = packed_size(N * (N + M))
     static = write_parameter(A, B, M, N, P)
     scale = write_parameter(S_alpha, S_beta, M, N, P) if DYNAMIC else static
+    kept = untouched(H, BD)
     for token in range(tl.program_id(0), T, tl.num_programs(0)):
         t = tl.cast(token, tl.int64)
         h = load_rows(H + t * (N * D), N, D, BD)
         z = load_rows(Z + t * (M * D), M, D, BD)
+        if AHEAD:
+            next_t = t + tl.num_programs(0)
+            touched = touch(H + next_t * (N * D), T - next_t, N, D, BD)
+            touched += touch(Z + next_t * (M * D), T - next_t, M, D, BD)
         C, _, _, _ = coefficients(h, V, static, scale, eps, N + M, D, BD, P, DYNAMIC)
         out = write(h, z, C, M, N, P)
         for i in tl.static_range(N):
             store_row(OUT + t * (N * D), out[i], i, D, BD)
+        if AHEAD:
+            kept = gather(kept, touched)
+    if AHEAD:
+        keep(OUT, kept, T)
 
 
 @triton.jit
@@ -299,7 +332,7 @@ def write_backward(
 @triton.jit(do_not_specialize=["T"])
 def few_depth_backward_kernel(
     H, Z, G, G_H, G_Z, E, partial, V, A, B, S_alpha, S_beta, T, eps,
-    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DYNAMIC: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, AHEAD: tl.constexpr, DYNAMIC: tl.constexpr,
 ):  # fmt: skip
     """Its sums over tokens a program leaves in partial[p], [2, n, n+m]: columns of Â before those of Bᵀ."""
     K: tl.constexpr = N + M
@@ -309,15 +342,25 @@ def few_depth_backward_kernel(
     scale = write_parameter(S_alpha, S_beta, M, N, P) if DYNAMIC else static
     sum_E = tl.zeros((P,), tl.float32)
     sum_ET = tl.zeros((P,), tl.float32)
+    kept = untouched(H, BD)
     for token in range(program, T, tl.num_programs(0)):
         t = tl.cast(token, tl.int64)
         h = load_rows(H + t * (N * D), N, D, BD)
+        if AHEAD:
+            next_t = t + tl.num_programs(0)
+            touched = touch(H + next_t * (N * D), T - next_t, N, D, BD)
+            touched += touch(G + next_t * (N * D), T - next_t, N, D, BD)
+            touched += touch(Z + next_t * (M * D), T - next_t, M, D, BD)
         C, tanh_q, q, rstd = coefficients(h, V, static, scale, eps, K, D, BD, P, DYNAMIC)
         g = load_rows(G + t * (N * D), N, D, BD)
         sum_E, sum_ET = write_backward(
             H + t * (N * D), Z + t * (M * D), g, G_H + t * (N * D), G_Z + t * (M * D), E + t * (N * K), V, C,
             tanh_q, q, rstd, scale, sum_E, sum_ET, M, N, D, BD, P, DYNAMIC,
         )  # fmt: skip
+        if AHEAD:
+            kept = gather(kept, touched)
+    if AHEAD:
+        keep(G_H, kept, T)
     store_coefficients(partial + program * (2 * N * K), sum_E, N, K, P)
     if DYNAMIC:
         store_coefficients(partial + program * (2 * N * K) + N * K, sum_ET, N, K, P)
@@ -329,7 +372,8 @@ def few_depth_backward_kernel(
 @triton.jit(do_not_specialize=["T"])
 def few_step_kernel(
     H, Z, OUT, X, V, A, B, S_alpha, S_beta, next_A, next_S, norm_gain, T, eps, next_eps, norm_eps,
-    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DYNAMIC: tl.constexpr, NORM: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, AHEAD: tl.constexpr, DYNAMIC: tl.constexpr,
+    NORM: tl.constexpr,
 ):  # fmt: skip
     """The next width reads the new state as it was stored, rounded."""
     P: tl.constexpr = packed_size(N * (N + M))
@@ -338,10 +382,15 @@ def few_step_kernel(
     scale = write_parameter(S_alpha, S_beta, M, N, P) if DYNAMIC else static
     next_static = read_parameter(next_A, M, N, next_P)
     next_scale = read_parameter(next_S, M, N, next_P) if DYNAMIC else next_static
+    kept = untouched(H, BD)
     for token in range(tl.program_id(0), T, tl.num_programs(0)):
         t = tl.cast(token, tl.int64)
         h = load_rows(H + t * (N * D), N, D, BD)
         z = load_rows(Z + t * (M * D), M, D, BD)
+        if AHEAD:
+            next_t = t + tl.num_programs(0)
+            touched = touch(H + next_t * (N * D), T - next_t, N, D, BD)
+            touched += touch(Z + next_t * (M * D), T - next_t, M, D, BD)
         C, _, _, _ = coefficients(h, V, static, scale, eps, N + M, D, BD, P, DYNAMIC)
         new = write(h, z, C, M, N, P)
         out = ()
@@ -353,13 +402,18 @@ def few_step_kernel(
         x = read(out, C, norm_gain, norm_eps, M, N, D, BD, next_P, NORM)
         for k in tl.static_range(M):
             store_row(X + t * (M * D), x[k], k, D, BD)
+        if AHEAD:
+            kept = gather(kept, touched)
+    if AHEAD:
+        keep(OUT, kept, T)
 
 
 @triton.jit(do_not_specialize=["T"])
 def few_step_backward_kernel(
     H, Z, G_OUT, G_X, G_H, G_Z, E, next_E, partial, next_partial, norm_partial, V,
     A, B, S_alpha, S_beta, next_A, next_S, norm_gain, T, eps, next_eps, norm_eps,
-    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DYNAMIC: tl.constexpr, NORM: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, AHEAD: tl.constexpr, DYNAMIC: tl.constexpr,
+    NORM: tl.constexpr,
 ):  # fmt: skip
     """The state between is mixed again from h and z, n rows less to read, and rounded as it is stored; its gradient
     goes from one half to the other in registers, in float32."""
@@ -376,9 +430,16 @@ def few_step_backward_kernel(
     next_sum_E = tl.zeros((next_P,), tl.float32)
     next_sum_ET = tl.zeros((next_P,), tl.float32)
     norm_sums = norm_partial + program * (M * BD)
+    kept = untouched(H, BD)
     for token in range(program, T, tl.num_programs(0)):
         t = tl.cast(token, tl.int64)
         h = load_rows(H + t * (N * D), N, D, BD)
+        if AHEAD:
+            next_t = t + tl.num_programs(0)
+            touched = touch(H + next_t * (N * D), T - next_t, N, D, BD)
+            touched += touch(Z + next_t * (M * D), T - next_t, M, D, BD)
+            touched += touch(G_X + next_t * (M * D), T - next_t, M, D, BD)
+            touched += touch(G_OUT + next_t * (N * D), T - next_t, N, D, BD)
         C, tanh_q, q, rstd = coefficients(h, V, static, scale, eps, K, D, BD, P, DYNAMIC)
         z = load_rows(Z + t * (M * D), M, D, BD)
         new = write(h, z, C, M, N, P)
@@ -395,6 +456,10 @@ def few_step_backward_kernel(
             H + t * (N * D), Z + t * (M * D), g, G_H + t * (N * D), G_Z + t * (M * D), E + t * (N * K), V, C,
             tanh_q, q, rstd, scale, sum_E, sum_ET, M, N, D, BD, P, DYNAMIC,
         )  # fmt: skip
+        if AHEAD:
+            kept = gather(kept, touched)
+    if AHEAD:
+        keep(G_H, kept, T)
     store_coefficients(partial + program * (2 * N * K), sum_E, N, K, P)
     store_coefficients(next_partial + program * (2 * N * M), next_sum_E, N, M, next_P)
     if DYNAMIC:

@@ -22,6 +22,7 @@ from vwn_ref.kernels.tiles import LEAST_SUM
 from vwn_ref.kernels.weights import weights_kernel
 
 INTERPRETED = type(weights_kernel).__name__ == "InterpretedFunction"
+AHEAD = not INTERPRETED  # whether a program reaches for the rows that it wants next: see `vwn_ref.kernels.many.touch`
 KERNELS = {  # by name, without _kernel: those that work on tokens
     name.removesuffix("_kernel"): kernel
     for module in (depth, few, last, many, step, width)
@@ -153,13 +154,14 @@ def sizes(kernel: str, m: int, n: int, d: int, dtype: torch.dtype) -> dict:
     """The compile-time arguments that kernels have, and num_warps and num_stages; see `weight_sizes` for the others."""
     if kernel.startswith("few_"):
         warps = whole_rows(m, n, d, 8 * dtype.itemsize, kernel.endswith("backward_kernel"))
-        return {"M": m, "N": n, "D": d, "BD": max(32, next_power_of_2(d)), "num_warps": warps}
+        return {"M": m, "N": n, "D": d, "BD": max(32, next_power_of_2(d)), "AHEAD": AHEAD, "num_warps": warps}
     if kernel.startswith("many_"):
         PER, BD, num_warps, num_stages = many_tile(kernel, n, d)
-        reads = kernel.endswith(("width_backward_kernel", "step_backward_kernel"))
+        reads = "width" in kernel or "step" in kernel
         exact = {"PREC": precision(torch.float32)} if reads else {}  # of the one product that has to be
+        exact |= {"GRAM": n <= 32} if reads and not kernel.endswith("backward_kernel") else {}
         return exact | {
-            "M": m, "N": n, "D": d, "PER": PER, "BD": BD, "num_warps": num_warps, "num_stages": num_stages,
+            "M": m, "N": n, "D": d, "AHEAD": AHEAD, "PER": PER, "BD": BD, "num_warps": num_warps, "num_stages": num_stages,
             "MP": max(16, PER * next_power_of_2(m)), "NP": max(16, next_power_of_2(n)),
         }  # fmt: skip
     BT, BD, num_warps, num_stages = tile(kernel, m, n, d, 8 * dtype.itemsize)
@@ -263,14 +265,12 @@ class Launch:
         if not self.dynamic or not self.T:
             return None
         rows = (self.n + self.m if depth else 0) + (self.m if width else 0)
-        parts = 2 if self.kernel(name).__name__.startswith("many_") else 1
-        shape, dtype = ((rows, 2, self.d), torch.bfloat16) if parts == 2 else ((rows, self.d), torch.float32)
-        V = torch.empty(shape, dtype=dtype, device=self.device)
+        dtype = torch.bfloat16 if self.kernel(name).__name__.startswith("many_") else torch.float32
+        V = torch.empty(rows, self.d, dtype=dtype, device=self.device)
         arguments = (*(depth or (V, V, V)), *(width or (V, V)), V)
         with self.on_device():
             projections_kernel[(triton.cdiv(self.d, PROJECTIONS["BD"]),)](
-                *arguments, M=self.m, N=self.n, D=self.d, DEPTH=bool(depth), WIDTH=bool(width), PARTS=parts,
-                **PROJECTIONS,
+                *arguments, M=self.m, N=self.n, D=self.d, DEPTH=bool(depth), WIDTH=bool(width), **PROJECTIONS,
             )  # fmt: skip
         return V
 

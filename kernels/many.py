@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from vwn_ref.kernels.tiles import add_product
+from vwn_ref.kernels.tiles import add_product, rounded
 
 # ------------------------------------------------------------------------------------------------ loads and stores
 
@@ -61,15 +61,35 @@ def store_rows(pointer, X, c, left, R: tl.constexpr, D: tl.constexpr, RP: tl.con
 
 
 @triton.jit
+def touch(pointer, start, left, R: tl.constexpr, D: tl.constexpr, RP: tl.constexpr, BD: tl.constexpr, PER: tl.constexpr):
+    """Of BD columns from `start` on, in rows of a tile that comes later, one number in every 32 bytes: [RP, BD / 16].
+    Then all of them are in the cache when they are wanted. See `untouched`."""
+    offsets, inside = place(start + 16 * tl.arange(0, BD // 16), left, R, D, RP, PER)
+    x = tl.load(pointer + offsets, mask=inside & (left > offsets * 0), other=0.0)
+    return x.to(tl.int16, bitcast=True)
+
+
+@triton.jit
+def untouched(RP: tl.constexpr, BD: tl.constexpr):
+    """Where `touch`ed numbers are kept, so that the compiler does not leave out their loads. `keep` them at the end."""
+    return tl.zeros((RP, BD // 16), tl.int16)
+
+
+@triton.jit
+def keep(pointer, kept, T):
+    """Nothing, since no T is negative: but that the compiler does not know."""
+    i, k = tl.arange(0, kept.shape[0])[:, None], tl.arange(0, kept.shape[1])[None, :]
+    tl.store(pointer + i + k, kept.to(tl.bfloat16, bitcast=True), mask=T < i * 0)
+
+
+@triton.jit
 def add_rows(pointer, X, c, R: tl.constexpr, D: tl.constexpr, RP: tl.constexpr, PER: tl.constexpr):
-    """Add the rows of all tokens to a contiguous [R, D], in memory that no other program touches."""
+    """Add the rows of all tokens to a contiguous [R, D], in memory that no other program touches: the same sum every
+    time, atomic only so that nothing waits for it."""
     if PER > 1:
         X = tl.sum(tl.reshape(X, (PER, RP // PER, X.shape[1])), axis=0)
     offsets, inside = place(c, 1, R, D, RP // PER, 1)
-    before = tl.load(pointer + offsets, mask=inside, other=0.0)
-    tl.debug_barrier()  # threads may hold copies of an element: all have read before one writes
-    tl.store(pointer + offsets, before + X, mask=inside)
-    tl.debug_barrier()
+    tl.atomic_add(pointer + offsets, X, mask=inside, sem="relaxed")
 
 
 @triton.jit
@@ -81,13 +101,10 @@ def load_gain(pointer, c, R: tl.constexpr, D: tl.constexpr, RP: tl.constexpr, PE
 
 
 @triton.jit
-def load_V(
-    V, part: tl.constexpr, c, row, K: tl.constexpr, D: tl.constexpr, KP: tl.constexpr, PER: tl.constexpr
-):  # fmt: skip
-    """One part of K rows of V from `row` on, for every token: [KP, BD]."""
+def load_V(V, c, row, K: tl.constexpr, D: tl.constexpr, KP: tl.constexpr, PER: tl.constexpr):
+    """K rows of V from `row` on, for every token: [KP, BD]."""
     _, k = of_token(KP, PER)
-    V += (2 * row + part) * D
-    return tl.load(V + (k * (2 * D))[:, None] + c[None, :], mask=(k < K)[:, None] & (c[None, :] < D), other=0.0)
+    return tl.load(V + ((row + k) * D)[:, None] + c[None, :], mask=(k < K)[:, None] & (c[None, :] < D), other=0.0)
 
 
 @triton.jit
@@ -131,10 +148,13 @@ def add_matrix(pointer, C, size, R: tl.constexpr, K: tl.constexpr, stride: tl.co
     """Add C there, every token's `size` numbers from the last one's, in memory that no other program touches: sums of
     all tokens would not fit the registers."""
     offsets, inside = diagonal_place(stride, 1, size, R, K, C.shape[0], C.shape[1], PER)
-    before = tl.load(pointer + offsets, mask=inside, other=0.0)
-    tl.debug_barrier()  # threads may hold copies of an element: all have read before one writes
-    tl.store(pointer + offsets, before + C, mask=inside)
-    tl.debug_barrier()
+    if C.shape[0] <= 16:
+        tl.atomic_add(pointer + offsets, C, mask=inside, sem="relaxed")  # nothing waits for it
+    else:  # so many that they had better stay in the nearest cache
+        before = tl.load(pointer + offsets, mask=inside, other=0.0)
+        tl.debug_barrier()  # threads may hold copies of an element: all have read before one writes
+        tl.store(pointer + offsets, before + C, mask=inside)
+        tl.debug_barrier()
 
 
 # ----------------------------------------------------------------------------------------------- products and sums
@@ -149,17 +169,13 @@ def product(X, Y):
 @triton.jit
 def project(total, h, V, c, row, K: tl.constexpr, D: tl.constexpr, PER: tl.constexpr):
     """total + h Vᵀ, the columns `c` of K rows of V: [NP, KP]."""
-    KP: tl.constexpr = total.shape[1]
-    total = add_product(total, h, tl.trans(load_V(V, 1, c, row, K, D, KP, PER)))
-    return add_product(total, h, tl.trans(load_V(V, 0, c, row, K, D, KP, PER)))
+    return add_product(total, h, tl.trans(load_V(V, c, row, K, D, total.shape[1], PER)))
 
 
 @triton.jit
 def spread(total, e, V, c, row, K: tl.constexpr, D: tl.constexpr, PER: tl.constexpr):
     """total + e V: [NP, BD]. What `project` does to gradients."""
-    KP: tl.constexpr = e.shape[1]
-    total = add_product(total, e, load_V(V, 1, c, row, K, D, KP, PER))
-    return add_product(total, e, load_V(V, 0, c, row, K, D, KP, PER))
+    return add_product(total, e, load_V(V, c, row, K, D, e.shape[1], PER))
 
 
 @triton.jit
@@ -218,42 +234,68 @@ def coefficients(
 
 
 @triton.jit
-def read_tokens(
-    H, X, left, V, A, S_alpha, norm_gain, eps, norm_eps,
+def no_squares(NP: tl.constexpr, GRAM: tl.constexpr):
+    """Where `add_squares` begins."""
+    if GRAM:
+        return tl.zeros((NP, NP), tl.float32)
+    else:
+        return tl.zeros((NP,), tl.float32)
+
+
+@triton.jit
+def add_squares(total, h, GRAM: tl.constexpr):
+    """With the columns in h: H′ H′ᵀ, or its diagonal."""
+    if GRAM:
+        return add_product(total, h, tl.trans(h))
+    else:
+        return total + squares(h)
+
+
+@triton.jit
+def read_matrix(
+    H, left, p, total, A, S_alpha, eps, norm_eps,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
-    PER: tl.constexpr, DYNAMIC: tl.constexpr, NORM: tl.constexpr,
+    PER: tl.constexpr, GRAM: tl.constexpr, PREC: tl.constexpr, DYNAMIC: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """x, or its norm y."""
-    p = tl.zeros((NP, MP), tl.float32)
-    square = tl.zeros((NP,), tl.float32)
-    if DYNAMIC:
-        for start in range(0, D, BD):
-            c = start + tl.arange(0, BD)
-            h = load_rows(H, c, left, N, D, NP, PER)
-            square += squares(h)
-            p = project(p, h, V, c, 0, M, D, PER)
-    rstd = inverse_root(square, D, eps)
-    Ct = tl.trans(coefficients(p, rstd, A, S_alpha, M + N, 1, N, M, PER, DYNAMIC))
+    """Åᵀ [MP, NP], its rows divided by rms(x) where a norm follows, from p = H′ Vᵀ and what `add_squares` gave. With
+    H′ H′ᵀ the sum of Å ∘ (H′ H′ᵀ Å) is Σ x²; without, x is made for that alone."""
+    rstd = inverse_root(diagonal(total) if GRAM else total, D, eps)
+    C = coefficients(p, rstd, A, S_alpha, M + N, 1, N, M, PER, DYNAMIC)
     if NORM:
-        square_x = tl.zeros((MP,), tl.float32)
-        for start in range(0, D, BD):
-            square_x += squares(product(Ct, load_rows(H, start + tl.arange(0, BD), left, N, D, NP, PER)))
-        rstd_x = inverse_root(token_sum(square_x, PER), M * D, norm_eps)
+        if GRAM:
+            # Where x is a small difference of large slots, two parts of 8 bits would not do for its square
+            square_x = tl.sum(C * tl.dot(total, C, input_precision=PREC), axis=0)
+        else:
+            square_x = tl.zeros((MP,), tl.float32)
+            for start in range(0, D, BD):
+                h = load_rows(H, start + tl.arange(0, BD), left, N, D, NP, PER)
+                square_x += squares(product(tl.trans(C), h))
+        C *= inverse_root(token_sum(square_x, PER), M * D, norm_eps)[None, :]
+    return tl.trans(C)
+
+
+@triton.jit
+def read_rows(
+    H, X, left, Ct, norm_gain,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
+    PER: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """x = Åᵀ H′, or with Åᵀ / rms(x) its norm y."""
     for start in range(0, D, BD):
         c = start + tl.arange(0, BD)
         x = product(Ct, load_rows(H, c, left, N, D, NP, PER))
         if NORM:
-            x = x * rstd_x[:, None] * load_gain(norm_gain, c, M, D, MP, PER)
+            x *= load_gain(norm_gain, c, M, D, MP, PER)
         store_rows(X, x, c, left, M, D, MP, PER)
 
 
 @triton.jit
-def write_tokens(
-    H, Z, OUT, left, V, A, B, S_alpha, S_beta, eps,
+def write_matrices(
+    H, next_H, kept, left, next_left, V, A, B, S_alpha, S_beta, eps,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
-    PER: tl.constexpr, DYNAMIC: tl.constexpr,
+    PER: tl.constexpr, AHEAD: tl.constexpr, DYNAMIC: tl.constexpr,
 ):  # fmt: skip
-    """The new state."""
+    """Âᵀ [NP, NP] and Bᵀ [NP, MP]; the rows at next_H are `touch`ed."""
     p_carry = tl.zeros((NP, NP), tl.float32)
     p_write = tl.zeros((NP, MP), tl.float32)
     square = tl.zeros((NP,), tl.float32)
@@ -264,67 +306,123 @@ def write_tokens(
             square += squares(h)
             p_carry = project(p_carry, h, V, c, 0, N, D, PER)
             p_write = project(p_write, h, V, c, N, M, D, PER)
+            if AHEAD:
+                kept |= touch(next_H, start, next_left, N, D, NP, BD, PER)
     rstd = inverse_root(square, D, eps)
     write = coefficients(p_write, rstd, B, S_beta, 1, N, N, M, PER, DYNAMIC)  # B is [m, n], so transposed
-    carry_t = tl.trans(coefficients(p_carry, rstd, A + M, S_alpha + M, M + N, 1, N, N, PER, DYNAMIC))
-    for start in range(0, D, BD):
-        c = start + tl.arange(0, BD)
-        out = product(carry_t, load_rows(H, c, left, N, D, NP, PER))
-        out = add_product(out, write, load_rows(Z, c, left, M, D, MP, PER))
-        store_rows(OUT, out, c, left, N, D, NP, PER)
+    carry = coefficients(p_carry, rstd, A + M, S_alpha + M, M + N, 1, N, N, PER, DYNAMIC)
+    return tl.trans(carry), write, kept
+
+
+@triton.jit
+def write_chunk(
+    H, Z, carry_t, write, c, left,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, PER: tl.constexpr,
+):  # fmt: skip
+    """Columns `c` of Âᵀ H′ + Bᵀ Z, rounded as they are stored."""
+    out = product(carry_t, load_rows(H, c, left, N, D, NP, PER))
+    return add_product(out, write, load_rows(Z, c, left, M, D, MP, PER)).to(H.dtype.element_ty)
 
 
 @triton.jit(do_not_specialize=["T"])
 def many_width_kernel(
     H, X, V, A, S_alpha, norm_gain, T, eps, norm_eps,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
-    PER: tl.constexpr, DYNAMIC: tl.constexpr, NORM: tl.constexpr,
+    PER: tl.constexpr, GRAM: tl.constexpr, PREC: tl.constexpr, AHEAD: tl.constexpr, DYNAMIC: tl.constexpr,
+    NORM: tl.constexpr,
 ):  # fmt: skip
-    """x of every token."""
+    """x, or its norm y, of every token."""
+    next_t = tl.cast(tl.num_programs(0), tl.int64) * PER  # from a tile to the program's next one
+    kept = untouched(NP, BD)
     for tile in tl.range(tl.program_id(0), tl.cdiv(T, PER), tl.num_programs(0), disable_licm=True):
         t = tl.cast(tile, tl.int64) * PER
         left = T - tile * PER
-        read_tokens(
-            H + t * (N * D), X + t * (M * D), left, V, A, S_alpha, norm_gain, eps, norm_eps,
-            M, N, D, MP, NP, BD, PER, DYNAMIC, NORM,
+        p = tl.zeros((NP, MP), tl.float32)
+        total = no_squares(NP, GRAM)
+        if DYNAMIC or NORM:
+            for start in range(0, D, BD):
+                c = start + tl.arange(0, BD)
+                h = load_rows(H + t * (N * D), c, left, N, D, NP, PER)
+                total = add_squares(total, h, GRAM)
+                if DYNAMIC:
+                    p = project(p, h, V, c, 0, M, D, PER)
+                if AHEAD:
+                    kept |= touch(H + (t + next_t) * (N * D), start, left - next_t, N, D, NP, BD, PER)
+        Ct = read_matrix(
+            H + t * (N * D), left, p, total, A, S_alpha, eps, norm_eps,
+            M, N, D, MP, NP, BD, PER, GRAM, PREC, DYNAMIC, NORM,
         )  # fmt: skip
+        read_rows(H + t * (N * D), X + t * (M * D), left, Ct, norm_gain, M, N, D, MP, NP, BD, PER, NORM)
+    if AHEAD:
+        keep(X, kept, T)
 
 
 @triton.jit(do_not_specialize=["T"])
 def many_depth_kernel(
     H, Z, OUT, V, A, B, S_alpha, S_beta, T, eps,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
-    PER: tl.constexpr, DYNAMIC: tl.constexpr,
+    PER: tl.constexpr, AHEAD: tl.constexpr, DYNAMIC: tl.constexpr,
 ):  # fmt: skip
     """The new state of every token."""
+    next_t = tl.cast(tl.num_programs(0), tl.int64) * PER
+    kept, kept_z = untouched(NP, BD), untouched(MP, BD)
     for tile in tl.range(tl.program_id(0), tl.cdiv(T, PER), tl.num_programs(0), disable_licm=True):
         t = tl.cast(tile, tl.int64) * PER
         left = T - tile * PER
-        write_tokens(
-            H + t * (N * D), Z + t * (M * D), OUT + t * (N * D), left, V, A, B, S_alpha, S_beta, eps,
-            M, N, D, MP, NP, BD, PER, DYNAMIC,
+        carry_t, write, kept = write_matrices(
+            H + t * (N * D), H + (t + next_t) * (N * D), kept, left, left - next_t, V, A, B, S_alpha, S_beta, eps,
+            M, N, D, MP, NP, BD, PER, AHEAD, DYNAMIC,
         )  # fmt: skip
+        for start in range(0, D, BD):
+            c = start + tl.arange(0, BD)
+            out = write_chunk(H + t * (N * D), Z + t * (M * D), carry_t, write, c, left, M, N, D, MP, NP, PER)
+            store_rows(OUT + t * (N * D), out, c, left, N, D, NP, PER)
+            if AHEAD:
+                kept_z |= touch(Z + (t + next_t) * (M * D), start, left - next_t, M, D, MP, BD, PER)
+    if AHEAD:
+        keep(OUT, kept, T)
+        keep(OUT, kept_z, T)
 
 
 @triton.jit(do_not_specialize=["T"])
 def many_step_kernel(
     H, Z, OUT, X, V, A, B, S_alpha, S_beta, next_A, next_S, norm_gain, T, eps, next_eps, norm_eps,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
-    PER: tl.constexpr, DYNAMIC: tl.constexpr, NORM: tl.constexpr,
+    PER: tl.constexpr, GRAM: tl.constexpr, PREC: tl.constexpr, AHEAD: tl.constexpr, DYNAMIC: tl.constexpr,
+    NORM: tl.constexpr,
 ):  # fmt: skip
-    """Both, of one tile of tokens after the other."""
+    """Both, of one tile of tokens after the other. What the next GHC wants of the new state is summed up as that is
+    made."""
+    next_t = tl.cast(tl.num_programs(0), tl.int64) * PER
+    kept, kept_z = untouched(NP, BD), untouched(MP, BD)
     for tile in tl.range(tl.program_id(0), tl.cdiv(T, PER), tl.num_programs(0), disable_licm=True):
         t = tl.cast(tile, tl.int64) * PER
         left = T - tile * PER
-        write_tokens(
-            H + t * (N * D), Z + t * (M * D), OUT + t * (N * D), left, V, A, B, S_alpha, S_beta, eps,
-            M, N, D, MP, NP, BD, PER, DYNAMIC,
+        carry_t, write, kept = write_matrices(
+            H + t * (N * D), H + (t + next_t) * (N * D), kept, left, left - next_t, V, A, B, S_alpha, S_beta, eps,
+            M, N, D, MP, NP, BD, PER, AHEAD, DYNAMIC,
         )  # fmt: skip
+        p = tl.zeros((NP, MP), tl.float32)
+        total = no_squares(NP, GRAM)
+        for start in range(0, D, BD):
+            c = start + tl.arange(0, BD)
+            out = write_chunk(H + t * (N * D), Z + t * (M * D), carry_t, write, c, left, M, N, D, MP, NP, PER)
+            store_rows(OUT + t * (N * D), out, c, left, N, D, NP, PER)
+            if DYNAMIC or NORM:
+                total = add_squares(total, out, GRAM)
+            if DYNAMIC:
+                p = project(p, out, V, c, N + M, M, D, PER)
+            if AHEAD:
+                kept_z |= touch(Z + (t + next_t) * (M * D), start, left - next_t, M, D, MP, BD, PER)
         tl.debug_barrier()  # the rows that other threads of this program wrote are read from here on
-        read_tokens(
-            OUT + t * (N * D), X + t * (M * D), left, V + (N + M) * 2 * D, next_A, next_S, norm_gain, next_eps,
-            norm_eps, M, N, D, MP, NP, BD, PER, DYNAMIC, NORM,
+        Ct = read_matrix(
+            OUT + t * (N * D), left, p, total, next_A, next_S, next_eps, norm_eps,
+            M, N, D, MP, NP, BD, PER, GRAM, PREC, DYNAMIC, NORM,
         )  # fmt: skip
+        read_rows(OUT + t * (N * D), X + t * (M * D), left, Ct, norm_gain, M, N, D, MP, NP, BD, PER, NORM)
+    if AHEAD:
+        keep(OUT, kept, T)
+        keep(OUT, kept_z, T)
 
 
 # ----------------------------------------------------------------------------------------------------- backward
@@ -355,12 +453,13 @@ def coefficients_backward(
 
 
 @triton.jit
-def read_backward(
-    H, G, G_add, G_H, E, own, norm_own, left, V, A, S_alpha, norm_gain, eps, norm_eps,
+def read_matrices_backward(
+    H, G, next_H, next_G, kept, E, own, left, next_left, V, A, S_alpha, norm_gain, eps, norm_eps,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
-    PER: tl.constexpr, PREC: tl.constexpr, DYNAMIC: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr,
+    PER: tl.constexpr, PREC: tl.constexpr, AHEAD: tl.constexpr, DYNAMIC: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """g_H′ (plus G_add, what else flows into H′) and e; ∂L/∂Å and ∂L/∂Å ∘ tanh are added to `own`.
+    """(Å, e and what `read_chunk_backward` takes with it), and `kept` of the rows at next_H and next_G; ∂L/∂Å and
+    ∂L/∂Å ∘ tanh are added to `own`.
 
     With H′ H′ᵀ nothing of x is needed before Å is known: H′ xᵀ = (H′ H′ᵀ) Å, and Σ x² and Σ x ∘ g are the sums of
     Å ∘ (H′ xᵀ) and Å ∘ (H′ gᵀ).
@@ -368,12 +467,16 @@ def read_backward(
     p = tl.zeros((NP, MP), tl.float32)
     dC = tl.zeros((NP, MP), tl.float32)
     gram = tl.zeros((NP, NP), tl.float32)
+    kept_h, kept_g = kept
     for start in range(0, D, BD):
         c = start + tl.arange(0, BD)
         h = load_rows(H, c, left, N, D, NP, PER)
         g = load_rows(G, c, left, M, D, MP, PER)
+        if AHEAD:
+            kept_h |= touch(next_H, start, next_left, N, D, NP, BD, PER)
+            kept_g |= touch(next_G, start, next_left, M, D, MP, BD, PER)
         if NORM:
-            g = g.to(tl.float32) * load_gain(norm_gain, c, M, D, MP, PER)
+            g = rounded(g.to(tl.float32) * load_gain(norm_gain, c, M, D, MP, PER))
         dC = add_product(dC, h, tl.trans(g))
         gram = add_product(gram, h, tl.trans(h))
         if DYNAMIC:
@@ -384,7 +487,8 @@ def read_backward(
         S = load_parameter(S_alpha, M + N, 1, N, M, NP, MP, PER)
         tanh_q = quick_tanh(p * rstd[:, None])
         C += S * tanh_q
-    Ct = tl.trans(C)
+    rstd_x = tl.zeros((MP,), tl.float32)
+    pull_x = tl.zeros((MP,), tl.float32)
     if NORM:
         # Where x is a small difference of large slots, two parts of 8 bits would not do for its square
         Hx = tl.dot(gram, C, input_precision=PREC)
@@ -398,46 +502,70 @@ def read_backward(
         pull = tl.sum(e * p, axis=1) * rstd * rstd / D
         e = e.to(E.dtype.element_ty)
         store_matrix(E, e, left, N, M, M, PER)
-    for start in range(0, D, BD):
-        c = start + tl.arange(0, BD)
-        h = load_rows(H, c, left, N, D, NP, PER)
-        g = load_rows(G, c, left, M, D, MP, PER)
-        if NORM:
-            x = product(Ct, h)
-            g = g.to(tl.float32)
-            add_rows(norm_own, g * x * rstd_x[:, None], c, M, D, MP, PER)
-            g = rstd_x[:, None] * g * load_gain(norm_gain, c, M, D, MP, PER) - pull_x[:, None] * x
-        g_h = product(C, g)
-        if DYNAMIC:
-            g_h = spread(g_h, e.to(tl.bfloat16), V, c, 0, M, D, PER) - pull[:, None] * h.to(tl.float32)
-        if ADD:
-            g_h += load_rows(G_add, c, left, N, D, NP, PER).to(tl.float32)
-        store_rows(G_H, g_h, c, left, N, D, NP, PER)
+        return (C, e.to(tl.bfloat16), pull, rstd_x, pull_x), (kept_h, kept_g)
+    else:
+        return (C, C, rstd, rstd_x, pull_x), (kept_h, kept_g)
+
+
+@triton.jit
+def read_chunk_backward(
+    H, G, G_add, norm_own, V, norm_gain, found, c, left,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, PER: tl.constexpr,
+    DYNAMIC: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """Columns `c` of g_H′, plus those of G_add, what else flows into H′, rounded as they are stored. ∂L/∂γ is added to
+    `norm_own`. `found`: by `read_matrices_backward`."""
+    C, e, pull, rstd_x, pull_x = found
+    h = load_rows(H, c, left, N, D, NP, PER)
+    g = load_rows(G, c, left, M, D, MP, PER)
+    if NORM:
+        x = product(tl.trans(C), h)
+        g = g.to(tl.float32)
+        add_rows(norm_own, g * x * rstd_x[:, None], c, M, D, MP, PER)
+        g = rounded(rstd_x[:, None] * g * load_gain(norm_gain, c, M, D, MP, PER) - pull_x[:, None] * x)
+    g_h = product(C, g)
+    if DYNAMIC:
+        g_h = spread(g_h, e, V, c, 0, M, D, PER) - pull[:, None] * h.to(tl.float32)
+    if ADD:
+        g_h += load_rows(G_add, c, left, N, D, NP, PER).to(tl.float32)
+    return g_h.to(H.dtype.element_ty)
+
+
+@triton.jit
+def no_sums(MP: tl.constexpr, NP: tl.constexpr):
+    """Where `add_sums` begins."""
+    carry = tl.zeros((NP, NP), tl.float32)
+    write = tl.zeros((NP, MP), tl.float32)
+    return carry, write, carry, write, tl.zeros((NP,), tl.float32)
+
+
+@triton.jit
+def add_sums(
+    sums, H, Z, g, V, c, left,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, PER: tl.constexpr,
+    DYNAMIC: tl.constexpr,
+):  # fmt: skip
+    """With the columns `c` added: ∂L/∂Â = H′ gᵀ, ∂L/∂Bᵀ = g zᵀ, H′ Vᵀ of both, and Σ h²."""
+    d_carry, d_write, p_carry, p_write, square = sums
+    h = load_rows(H, c, left, N, D, NP, PER)
+    if DYNAMIC:
+        square += squares(h)
+        p_carry = project(p_carry, h, V, c, 0, N, D, PER)
+        p_write = project(p_write, h, V, c, N, M, D, PER)
+    d_carry = add_product(d_carry, h, tl.trans(g))
+    d_write = add_product(d_write, g, tl.trans(load_rows(Z, c, left, M, D, MP, PER)))
+    return d_carry, d_write, p_carry, p_write, square
 
 
 @triton.jit
 def write_backward(
-    H, Z, G, G_H, G_Z, E, own, left, V, A, B, S_alpha, S_beta, eps,
+    sums, H, G, G_H, G_Z, E, own, left, V, A, B, S_alpha, S_beta, eps,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
     PER: tl.constexpr, DYNAMIC: tl.constexpr,
 ):  # fmt: skip
     """g_H′, g_z and e; ∂L/∂C and ∂L/∂C ∘ tanh, of Â and of Bᵀ, are added to `own`."""
     K: tl.constexpr = N + M
-    d_carry = tl.zeros((NP, NP), tl.float32)
-    d_write = tl.zeros((NP, MP), tl.float32)
-    p_carry = tl.zeros((NP, NP), tl.float32)
-    p_write = tl.zeros((NP, MP), tl.float32)
-    square = tl.zeros((NP,), tl.float32)
-    for start in range(0, D, BD):
-        c = start + tl.arange(0, BD)
-        h = load_rows(H, c, left, N, D, NP, PER)
-        g = load_rows(G, c, left, N, D, NP, PER)
-        if DYNAMIC:
-            square += squares(h)
-            p_carry = project(p_carry, h, V, c, 0, N, D, PER)
-            p_write = project(p_write, h, V, c, N, M, D, PER)
-        d_carry = add_product(d_carry, h, tl.trans(g))
-        d_write = add_product(d_write, g, tl.trans(load_rows(Z, c, left, M, D, MP, PER)))
+    d_carry, d_write, p_carry, p_write, square = sums
     rstd = inverse_root(square, D, eps)
     own_tanh = own + N * K
     carry, e_carry, pull_carry = coefficients_backward(
@@ -464,36 +592,64 @@ def write_backward(
 def many_width_backward_kernel(
     H, G, G_add, G_H, E, partial, norm_partial, V, A, S_alpha, norm_gain, T, eps, norm_eps,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
-    PER: tl.constexpr, PREC: tl.constexpr, DYNAMIC: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr,
+    PER: tl.constexpr, PREC: tl.constexpr, AHEAD: tl.constexpr, DYNAMIC: tl.constexpr, NORM: tl.constexpr,
+    ADD: tl.constexpr,
 ):  # fmt: skip
     """Program p adds its sums over tokens up in partial[p]: [PER, 2, n, m], zeros before."""
     program = tl.program_id(0)
+    next_t = tl.cast(tl.num_programs(0), tl.int64) * PER
+    kept = untouched(NP, BD), untouched(MP, BD)
     for tile in tl.range(program, tl.cdiv(T, PER), tl.num_programs(0), disable_licm=True):
         t = tl.cast(tile, tl.int64) * PER
         left = T - tile * PER
-        read_backward(
-            H + t * (N * D), G + t * (M * D), G_add + t * (N * D), G_H + t * (N * D), E + t * (N * M),
-            partial + program * (PER * 2 * N * M), norm_partial + program * (M * D), left, V, A, S_alpha,
-            norm_gain, eps, norm_eps, M, N, D, MP, NP, BD, PER, PREC, DYNAMIC, NORM, ADD,
+        found, kept = read_matrices_backward(
+            H + t * (N * D), G + t * (M * D), H + (t + next_t) * (N * D), G + (t + next_t) * (M * D), kept,
+            E + t * (N * M), partial + program * (PER * 2 * N * M), left, left - next_t, V, A, S_alpha, norm_gain,
+            eps, norm_eps, M, N, D, MP, NP, BD, PER, PREC, AHEAD, DYNAMIC, NORM,
         )  # fmt: skip
+        for start in range(0, D, BD):
+            c = start + tl.arange(0, BD)
+            g_h = read_chunk_backward(
+                H + t * (N * D), G + t * (M * D), G_add + t * (N * D), norm_partial + program * (M * D), V, norm_gain,
+                found, c, left, M, N, D, MP, NP, PER, DYNAMIC, NORM, ADD,
+            )  # fmt: skip
+            store_rows(G_H + t * (N * D), g_h, c, left, N, D, NP, PER)
+    if AHEAD:
+        keep(G_H, kept[0], T)
+        keep(G_H, kept[1], T)
 
 
 @triton.jit(do_not_specialize=["T"])
 def many_depth_backward_kernel(
     H, Z, G, G_H, G_Z, E, partial, V, A, B, S_alpha, S_beta, T, eps,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
-    PER: tl.constexpr, DYNAMIC: tl.constexpr,
+    PER: tl.constexpr, AHEAD: tl.constexpr, DYNAMIC: tl.constexpr,
 ):  # fmt: skip
     """The same with [PER, 2, n, n+m]: columns of Â before those of Bᵀ."""
     program = tl.program_id(0)
+    next_t = tl.cast(tl.num_programs(0), tl.int64) * PER
+    kept_h, kept_g, kept_z = untouched(NP, BD), untouched(NP, BD), untouched(MP, BD)
     for tile in tl.range(program, tl.cdiv(T, PER), tl.num_programs(0), disable_licm=True):
         t = tl.cast(tile, tl.int64) * PER
         left = T - tile * PER
+        sums = no_sums(MP, NP)
+        for start in range(0, D, BD):
+            c = start + tl.arange(0, BD)
+            g = load_rows(G + t * (N * D), c, left, N, D, NP, PER)
+            sums = add_sums(sums, H + t * (N * D), Z + t * (M * D), g, V, c, left, M, N, D, MP, NP, PER, DYNAMIC)
+            if AHEAD:
+                kept_h |= touch(H + (t + next_t) * (N * D), start, left - next_t, N, D, NP, BD, PER)
+                kept_g |= touch(G + (t + next_t) * (N * D), start, left - next_t, N, D, NP, BD, PER)
+                kept_z |= touch(Z + (t + next_t) * (M * D), start, left - next_t, M, D, MP, BD, PER)
         write_backward(
-            H + t * (N * D), Z + t * (M * D), G + t * (N * D), G_H + t * (N * D), G_Z + t * (M * D),
-            E + t * (N * (N + M)), partial + program * (PER * 2 * N * (N + M)), left, V, A, B, S_alpha, S_beta, eps,
+            sums, H + t * (N * D), G + t * (N * D), G_H + t * (N * D), G_Z + t * (M * D), E + t * (N * (N + M)),
+            partial + program * (PER * 2 * N * (N + M)), left, V, A, B, S_alpha, S_beta, eps,
             M, N, D, MP, NP, BD, PER, DYNAMIC,
         )  # fmt: skip
+    if AHEAD:
+        keep(G_H, kept_h, T)
+        keep(G_H, kept_g, T)
+        keep(G_H, kept_z, T)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -501,25 +657,47 @@ def many_step_backward_kernel(
     H, Z, OUT, G_OUT, G_X, G_H, G_Z, E, next_E, partial, next_partial, norm_partial, between, V,
     A, B, S_alpha, S_beta, next_A, next_S, norm_gain, T, eps, next_eps, norm_eps,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
-    PER: tl.constexpr, PREC: tl.constexpr, DYNAMIC: tl.constexpr, NORM: tl.constexpr,
+    PER: tl.constexpr, PREC: tl.constexpr, AHEAD: tl.constexpr, DYNAMIC: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the state between goes from one half to the other through [PER, n, d_b] of memory of the
-    program's own, which should stay in the cache."""
+    """The gradient of the state between is used as soon as it is made, and again later: meanwhile it is in
+    [PER, n, d_b] of memory of the program's own, which should stay in the cache."""
     program = tl.program_id(0)
     between += tl.cast(program, tl.int64) * (PER * N * D)
+    next_t = tl.cast(tl.num_programs(0), tl.int64) * PER
+    kept = untouched(NP, BD), untouched(MP, BD)
+    kept_h, kept_g, kept_z = untouched(NP, BD), untouched(NP, BD), untouched(MP, BD)
     for tile in tl.range(program, tl.cdiv(T, PER), tl.num_programs(0), disable_licm=True):
         t = tl.cast(tile, tl.int64) * PER
         left = T - tile * PER
-        read_backward(
-            OUT + t * (N * D), G_X + t * (M * D), G_OUT + t * (N * D), between, next_E + t * (N * M),
-            next_partial + program * (PER * 2 * N * M), norm_partial + program * (M * D), left,
-            V + (N + M) * 2 * D, next_A, next_S, norm_gain, next_eps, norm_eps,
-            M, N, D, MP, NP, BD, PER, PREC, DYNAMIC, NORM, True,
+        next_V = V + (N + M) * D
+        found, kept = read_matrices_backward(
+            OUT + t * (N * D), G_X + t * (M * D), OUT + (t + next_t) * (N * D), G_X + (t + next_t) * (M * D), kept,
+            next_E + t * (N * M), next_partial + program * (PER * 2 * N * M), left, left - next_t, next_V, next_A,
+            next_S, norm_gain, next_eps, norm_eps, M, N, D, MP, NP, BD, PER, PREC, AHEAD, DYNAMIC, NORM,
         )  # fmt: skip
+        sums = no_sums(MP, NP)
+        for start in range(0, D, BD):
+            c = start + tl.arange(0, BD)
+            g = read_chunk_backward(
+                OUT + t * (N * D), G_X + t * (M * D), G_OUT + t * (N * D), norm_partial + program * (M * D), next_V,
+                norm_gain, found, c, left, M, N, D, MP, NP, PER, DYNAMIC, NORM, True,
+            )  # fmt: skip
+            store_rows(between, g, c, left, N, D, NP, PER)
+            sums = add_sums(sums, H + t * (N * D), Z + t * (M * D), g, V, c, left, M, N, D, MP, NP, PER, DYNAMIC)
+            if AHEAD:
+                kept_h |= touch(H + (t + next_t) * (N * D), start, left - next_t, N, D, NP, BD, PER)
+                kept_g |= touch(G_OUT + (t + next_t) * (N * D), start, left - next_t, N, D, NP, BD, PER)
+                kept_z |= touch(Z + (t + next_t) * (M * D), start, left - next_t, M, D, MP, BD, PER)
         tl.debug_barrier()  # what other threads wrote is read from here on
         write_backward(
-            H + t * (N * D), Z + t * (M * D), between, G_H + t * (N * D), G_Z + t * (M * D), E + t * (N * (N + M)),
+            sums, H + t * (N * D), between, G_H + t * (N * D), G_Z + t * (M * D), E + t * (N * (N + M)),
             partial + program * (PER * 2 * N * (N + M)), left, V, A, B, S_alpha, S_beta, eps,
             M, N, D, MP, NP, BD, PER, DYNAMIC,
         )  # fmt: skip
         tl.debug_barrier()  # and written again
+    if AHEAD:
+        keep(G_H, kept[0], T)
+        keep(G_H, kept[1], T)
+        keep(G_H, kept_h, T)
+        keep(G_H, kept_g, T)
+        keep(G_H, kept_z, T)

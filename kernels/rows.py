@@ -48,6 +48,41 @@ def store_row(pointer, row, i, D: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
+def touch(pointer, left, R: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+    """Of each of R rows that come later one number in every 32 bytes: then all of them are in the cache when they are
+    wanted. `gather` and `keep` see to it that the compiler does not leave out these loads."""
+    EACH: tl.constexpr = 256 // pointer.dtype.element_ty.primitive_bitwidth
+    c = EACH * tl.arange(0, BD // EACH)
+    kept = ()
+    for i in tl.static_range(R):
+        x = tl.load(pointer + i * D + c, mask=(c < D) & (left > c * 0), other=0.0)
+        kept += (x.to(tl.int16 if EACH == 16 else tl.int32, bitcast=True),)
+    return kept
+
+
+@triton.jit
+def gather(kept, touched):
+    """kept, with what was touched."""
+    for i in tl.static_range(len(touched)):
+        kept |= touched[i]
+    return kept
+
+
+@triton.jit
+def untouched(pointer, BD: tl.constexpr):
+    """Where `gather` begins."""
+    EACH: tl.constexpr = 256 // pointer.dtype.element_ty.primitive_bitwidth
+    return tl.zeros((BD // EACH,), tl.int16 if EACH == 16 else tl.int32)
+
+
+@triton.jit
+def keep(pointer, kept, T):
+    """Nothing, since no T is negative: but that the compiler does not know."""
+    i = tl.arange(0, kept.shape[0])
+    tl.store(pointer + i, kept.to(pointer.dtype.element_ty, bitcast=True), mask=T < i * 0)
+
+
+@triton.jit
 def add_rows(pointer, rows, BD: tl.constexpr, PIECES: tl.constexpr):
     """Add rows to a float32 [R, BD] that no other program touches.
 

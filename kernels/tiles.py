@@ -55,6 +55,15 @@ def in_parts(x):
 
 
 @triton.jit
+def rounded(x):
+    """float32 -> the nearest bfloat16. The interpreter's own conversion cuts off."""
+    if INTERPRETED:
+        bits = x.to(tl.int32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+    return x.to(tl.bfloat16)
+
+
+@triton.jit
 def add_product(total, X, Y):
     """total + X Y of two matrices on bfloat16 tensor cores: of float32 factors two parts, and where both are, without
     the product of their lower parts."""

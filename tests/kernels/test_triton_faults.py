@@ -74,45 +74,55 @@ FAULTS_OF_TILES = {
     "a missing mask of a tile": (
         "many", "inside[:, None] & (c[None, :] < D)\n\n\n", "inside[:, None] & (c[None, :] < D + 1)\n\n\n", None
     ),
-    "one token's matrix for the other": ("many", "r += token * size", "r += 0 * size", "g_A0"),
+    "one token's matrix for the other": ("many", "r += token * size", "r += 0 * size", "g_W_alpha0"),
     "one token beside the other": (
         "many", "inside &= token[:, None] == other[None, :]", "inside &= (r < 1000)[:, None]", None
     ),
     "1/rms of both tokens": (
         "many", "(PER, x.shape[0] // PER)), axis=1)", "(PER, x.shape[0] // PER)), axis=1) * 1.5", "x0"
     ),
-    "V without its second part": (
-        "projections", "+ (2 * row + 1) * D + c, lower", "+ (2 * row + 1) * D + c, upper", "x0"
-    ),
-    "another row of V": ("many", "V += (2 * row + part) * D", "V += (row + part) * D", "x1"),
+    "another row of V": ("many", "V + ((row + k) * D)[:, None]", "V + (k * D)[:, None]", "x1"),
     "B as it lies": (
         "many", "write = coefficients(p_write, rstd, B, S_beta, 1, N,",
         "write = coefficients(p_write, rstd, B, S_beta, M, 1,", "out",
     ),
-    "Â not transposed": (
-        "many", "carry_t = tl.trans(coefficients(p_carry, rstd, A + M, S_alpha + M, M + N, 1, N, N, PER, DYNAMIC))",
-        "carry_t = coefficients(p_carry, rstd, A + M, S_alpha + M, M + N, 1, N, N, PER, DYNAMIC)", "out",
-    ),
+    "Â not transposed": ("many", "return tl.trans(carry), write", "return carry, write", "out"),
     "tanh of a tile left out": (
         "many", "e = dC * S * (1.0 - tanh_q * tanh_q) * rstd[:, None]\n        pull = tl.sum(e * p, axis=1)\n",
         "e = dC * S * rstd[:, None]\n        pull = tl.sum(e * p, axis=1)\n", "g_W_beta0",
     ),
     "the norm of a tile's x not differentiated": ("many", " - pull_x[:, None] * x", "", "g_H"),
     "nor in the gradient of Å": ("many", " - pull_x[None, :] * Hx", "", "g_A0"),
-    "H′ H′ᵀ of one chunk": ("many", "gram = add_product(gram, h, tl.trans(h))", "gram = product(h, tl.trans(h))", None),
+    "H′ H′ᵀ of one chunk": ("many", "return add_product(total, h, tl.trans(h))", "return product(h, tl.trans(h))", "x0"),
+    "and in the backward": ("many", "gram = add_product(gram, h, tl.trans(h))", "gram = product(h, tl.trans(h))", None),
     "RMSNorm of a tile's slots not differentiated": (
         "many", "g_h -= pull[:, None]", "g_h -= 0.0 * pull[:, None]", "g_H"
     ),
     "the other gradient of a tile lost": (
         "many", "g_h += load_rows(G_add, c,", "g_h += 0.0 * load_rows(G_add, c,", "g_z0"
     ),
-    "a program's first token only": ("many", "before + C, mask=inside", "C, mask=inside", "g_A0"),
-    "and of the norm's gain": ("many", "before + X, mask=inside", "X, mask=inside", "g_norm0"),
+    "a program's last token only": (
+        "many", 'tl.atomic_add(pointer + offsets, C, mask=inside, sem="relaxed")',
+        "tl.store(pointer + offsets, C, mask=inside)", "g_A0",
+    ),
+    "and of the norm's gain": (
+        "many", 'tl.atomic_add(pointer + offsets, X, mask=inside, sem="relaxed")',
+        "tl.store(pointer + offsets, X, mask=inside)", "g_norm0",
+    ),
+    "the state before for the one between": (
+        "many", "store_rows(between, g, c, left", "store_rows(between, g + g, c, left", "g_H"
+    ),
     "z for g": ("many", "d_write = add_product(d_write, g,", "d_write = add_product(d_write, h,", "g_B0"),
     "the columns of a depth from where those of a width begin": (
         "weights", "(k - READ)[None, :]", "k[None, :]", "g_W_alpha0"
     ),
 }  # fmt: skip
+# Of the same with more than 32 slots
+FAULTS_OF_LARGE_TILES = {
+    "a program's first token only": ("many", "before + C, mask=inside", "C, mask=inside", "g_A0"),
+    "Σ x² of one chunk": ("many", "square_x += squares", "square_x = squares", "x0"),
+    "Σ h² of one chunk": ("many", "return total + squares(h)", "return squares(h)", "x0"),
+}
 # Where the kernels keep sums and matrices in memory
 FAULTS_OF_MANY = {
     "a dropped partial sum in memory": (
@@ -124,22 +134,31 @@ FAULTS_OF_MANY = {
     "another token's matrix": ("depth", "load_matrix(parked, own_t,", "load_matrix(parked, own_t * 0,", "g_H"),
 }  # fmt: skip
 
-FAULTS = FAULTS_OF_WALKS | FAULTS_OF_ROWS | FAULTS_OF_TILES | FAULTS_OF_MANY
+FAULTS = FAULTS_OF_WALKS | FAULTS_OF_ROWS | FAULTS_OF_TILES | FAULTS_OF_LARGE_TILES | FAULTS_OF_MANY
 CASE = (2, 4, 20, (5,), torch.float32)  # 20 columns: a second chunk of BD = 16, and part of it is padding
 CASE_OF_TILES = (2, 6, 20, (5,), torch.bfloat16)
+CASE_OF_LARGE_TILES = (2, 34, 20, (3,), torch.bfloat16)
 CASE_OF_MANY = (2, 18, 20, (5,), torch.float32)
+CASES = {
+    fault: case
+    for case, faults in (
+        (CASE, FAULTS_OF_WALKS), (CASE, FAULTS_OF_ROWS), (CASE_OF_TILES, FAULTS_OF_TILES),
+        (CASE_OF_LARGE_TILES, FAULTS_OF_LARGE_TILES), (CASE_OF_MANY, FAULTS_OF_MANY),
+    )
+    for fault in faults
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def wanted():
-    return {case: values.two_sublayers(values.Reference, *case) for case in (CASE, CASE_OF_TILES, CASE_OF_MANY)}
+    return {case: values.two_sublayers(values.Reference, *case) for case in set(CASES.values())}
 
 
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Several blocks a program (two share them) and several chunks: what is added up, is added up more than once."""
     monkeypatch.setattr(launch, "tile", lambda *_: launch.Tile(2, 16, 1))
-    monkeypatch.setattr(launch, "many_tile", lambda *_: launch.Tile(2, 16, 1))
+    monkeypatch.setattr(launch, "many_tile", lambda kernel, n, d: launch.Tile(2 if n <= 8 else 1, 16, 1))
     weight_sizes = launch.weight_sizes
     monkeypatch.setattr(launch, "weight_sizes", lambda *a: weight_sizes(*a) | {"BR": 4})
     finish_sizes = launch.finish_sizes
@@ -183,10 +202,10 @@ def errors(found, wanted, case) -> set[str]:
     return wrong
 
 
-@pytest.mark.parametrize("way", ["walks", "rows", "tiles", "many"])
+@pytest.mark.parametrize("way", ["walks", "rows", "tiles", "large tiles", "many"])
 def test_without_a_fault_nothing_is_wrong(tmp_path, monkeypatch, small_tiles, wanted, way):
     load_kernels(tmp_path, None, monkeypatch)
-    case = {"many": CASE_OF_MANY, "tiles": CASE_OF_TILES}.get(way, CASE)
+    case = {"many": CASE_OF_MANY, "tiles": CASE_OF_TILES, "large tiles": CASE_OF_LARGE_TILES}.get(way, CASE)
     if way == "walks":
         walk(monkeypatch)
     assert errors(values.two_sublayers(fused, *case), wanted[case], case) == set()
@@ -196,7 +215,7 @@ def test_without_a_fault_nothing_is_wrong(tmp_path, monkeypatch, small_tiles, wa
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_found(tmp_path, monkeypatch, small_tiles, wanted, fault):
     load_kernels(tmp_path, fault, monkeypatch)
-    case = CASE_OF_MANY if fault in FAULTS_OF_MANY else CASE_OF_TILES if fault in FAULTS_OF_TILES else CASE
+    case = CASES[fault]
     must = FAULTS[fault][3]
     if fault in FAULTS_OF_WALKS:
         walk(monkeypatch)
