@@ -195,8 +195,7 @@ def _last_gradients(
     sums = torch.empty(launch.programs(name), 2, launch.n * launch.d, dtype=torch.float32, device=h.device)
     launch.start(name, h, g_y, h, sums, weight, launch.T, norm_eps)
     of_depth, E, _ = _depth_gradients(H, z, *parameters, eps, h, link=link)
-    g_weight, g_bias = sums.sum(0)
-    return (*of_depth, g_weight.to(weight.dtype), g_bias.to(bias.dtype)), E, None
+    return (*of_depth, sums[:, 0].sum(0).to(weight.dtype), sums[:, 1].sum(0).to(bias.dtype)), E, None
 
 
 # ------------------------------------------------------------------------- the same by the reference, for autograd
