@@ -101,6 +101,8 @@ def matrix(
                             continue  # two kernels do it, both in the list
                         if kernel in ("weights", "projections", "projections_gradient") and not dynamic:
                             continue  # a static GHC has no projections
+                        if kernel.startswith("group_norm") and (n % m or not dynamic):
+                            continue  # r is an integer there; and they know no GHC, so that one of both is enough
                         if kernel in ONCE and (dim, dtype) != (1024, "bf16"):
                             continue  # D and the type of the state change little in them
                         yield Job(kernel, m, n, dim, dtype, target, dynamic, norm)
@@ -132,10 +134,10 @@ def covering() -> list[Job]:
         Job("width", 4, 8, 1024, "bf16", "sm_100", dynamic=False),
         Job("depth_backward", 8, 64, 1024, "bf16", "sm_80", dynamic=False),
         Job("width", 2, 3, 1024, "bf16", "sm_100"),
-        Job("last", 2, 3, 1024, "bf16", "sm_80", dynamic=False),
+        Job("group_norm", 4, 8, 1024, "bf16", "sm_80"),
         Job("width_backward", 2, 3, 1024, "bf16", "sm_90", dynamic=False),
         Job("depth", 4, 8, 1024, "bf16", "gfx942", dynamic=False),
-        Job("last_backward", 2, 3, 1024, "bf16", "gfx942", dynamic=False),
+        Job("group_norm_backward", 4, 8, 1024, "bf16", "gfx942"),
     ]
 
 
@@ -227,7 +229,7 @@ def compile_one(job: Job) -> dict:
     tokens = (
         Fraction(constants["BR"], job.n * chunks)
         if job.kernel == "weights"
-        else constants.get("BT", constants.get("PER", 1))
+        else constants.get("BT", constants.get("PER", Fraction(1, constants.get("R", 1))))
     )
     pieces = -(-job.n // 16) if job.n > 16 else 1
     issued = options["num_warps"] * instructions(cuobjdump(cubin, "-sass"), chunks, source.fn.fn.__name__, pieces)
@@ -246,10 +248,10 @@ def cuobjdump(cubin: bytes, option: str) -> str:
 def instructions(sass: str, chunks: int, kernel: str, pieces: int = 1) -> int:
     """Instructions that a warp issues for one block of tokens, counted in the disassembly.
 
-    A backward branch is a loop. In backward kernels, in those of few.py and many.py and in `weights` the outermost one
-    takes a block of tokens (or a stretch of rows) a turn: one turn is counted, and what stands around it is not, as
-    there are many turns. Every other loop walks along d_b, in `chunks` turns; one inside such a walk takes the slots in
-    `pieces`. Branches that skip something are taken to skip nothing.
+    A backward branch is a loop. In backward kernels, in those of few.py, many.py and last.py and in `weights` the
+    outermost one takes a block of tokens (or a stretch of rows) a turn: one turn is counted, and what stands around it
+    is not, as there are many turns. Every other loop walks along d_b, in `chunks` turns; one inside such a walk takes
+    the slots in `pieces`. Branches that skip something are taken to skip nothing.
     """
     places = {int(address, 16): text for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/ +([^;]+);", sass)}
     order = {address: i for i, address in enumerate(places)}
@@ -259,7 +261,7 @@ def instructions(sass: str, chunks: int, kernel: str, pieces: int = 1) -> int:
         if jump and int(jump[1], 16) < address:  # a jump to itself, behind the end, is no loop
             loops.append((order[int(jump[1], 16)], order[address]))
     first, last = 0, len(places) - 1
-    if loops and (kernel.startswith(("few", "many", "weights")) or kernel.endswith("backward_kernel")):
+    if loops and (kernel.startswith(("few", "many", "group_norm", "weights")) or kernel.endswith("backward_kernel")):
         first, last = max(loops, key=lambda loop: loop[1] - loop[0])
         loops = [(a, b) for a, b in loops if first <= a and b <= last and (a, b) != (first, last)]
     total = last - first + 1

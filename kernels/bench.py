@@ -113,13 +113,16 @@ def kernel_bytes(
     more than 8 slots in as many bytes as a state (true of bfloat16), written by one kernel and read by `weights_kernel`
     together with H′. step leaves its own depth's to the step before, and does what the next one left to it. It reads
     the new state too, unless it makes it again (`mixes_again`), and where its backward is two kernels (not
-    `one_kernel`) the gradient between them is stored and read; last is always two. A second read that should come from
-    the cache is not counted.
+    `one_kernel`) the gradient between them is stored and read. last is a depth and a GroupNorm: the state between them
+    is stored and read, backward as well, where it is made again, and so is its gradient. A second read that should come
+    from the cache is not counted.
     """
     slots, e = minimal_slots(op, direction, m, n), 0
-    if direction == "backward":
+    if direction == "forward":
+        slots += 2 * n if op == "last" else 0
+    else:
         e = {"width": n * m, "step": n * (n + 2 * m)}.get(op, n * (n + m))
-        slots += {"width": n, "depth": n, "step": 2 * n, "last": 4 * n + m}[op]  # read once more, or a second kernel
+        slots += {"width": n, "depth": n, "step": 2 * n, "last": 6 * n + m}[op]  # read once more, or other kernels
         if op == "step":
             slots += (0 if one_kernel else 2 * n) - (n if mixes_again else 0)
     return (slots * d * itemsize + 2 * e * (itemsize if n > 8 else 4)) * tokens

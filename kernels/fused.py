@@ -1,5 +1,6 @@
 """GHC by the Triton kernels: `width`, `dynamic_width` and `depth` with the arguments of the reference functions, and,
-for a model that runs sublayer after sublayer, `step` and `last`, which do two of those things in one kernel.
+for a model that runs sublayer after sublayer, `step`, which does two of those things in one kernel, and `last`, `depth`
+with the GroupNorm of reduce.
 
 `state` is H′ itself and the parameters: `depth` computes the coefficients from H′ again.
 
@@ -177,27 +178,24 @@ def _step_gradients(
 
 
 def _last(H, z, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, weight, bias, eps, norm_eps):
-    H, z = H.contiguous(), z.contiguous()
-    launch = Launch(H, B.shape[0], W_alpha is not None)
-    y, V = torch.empty_like(H), launch.projections("last", depth=(W_alpha, W_beta, gain))
-    launch.start("last", H, z, y, V, A, B, S_alpha, S_beta, weight, bias, launch.T, eps, norm_eps)
-    return y
+    h = _depth(H, z, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, eps)
+    launch = Launch(h, B.shape[0], W_alpha is not None)
+    launch.start("group_norm", h, h, weight, bias, launch.T, norm_eps)
+    return h
 
 
 def _last_gradients(
     H, z, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, weight, bias, eps, norm_eps, g_y, *, link: Link = UNLINKED
 ):  # fmt: skip
-    H, z, g_y = H.contiguous(), z.contiguous(), g_y.contiguous()
-    launch = Launch(H, B.shape[0], W_alpha is not None)
+    """h is made again, and its gradient takes its place."""
     parameters = (A, B, W_alpha, W_beta, S_alpha, S_beta, gain)
-    name, g = "last_backward", torch.empty_like(H)
-    weight_sums, bias_sums = launch.zeros(2, max(launch.programs(name), 1), launch.n * launch.d)
-    V = launch.projections(name, depth=(W_alpha, W_beta, gain))
-    launch.start(
-        name, H, z, g_y, g, weight_sums, bias_sums, V, A, B, S_alpha, S_beta, weight, launch.T, eps, norm_eps
-    )  # fmt: skip
-    of_depth, E, _ = _depth_gradients(H, z, *parameters, eps, g, link=link)
-    return (*of_depth, weight_sums.sum(0).to(weight.dtype), bias_sums.sum(0).to(bias.dtype)), E, None
+    h, g_y = _depth(H, z, *parameters, eps), g_y.contiguous()
+    launch = Launch(h, B.shape[0], W_alpha is not None)
+    name = "group_norm_backward"
+    sums = torch.empty(launch.programs(name), 2, launch.n * launch.d, dtype=torch.float32, device=h.device)
+    launch.start(name, h, g_y, h, sums, weight, launch.T, norm_eps)
+    of_depth, E, _ = _depth_gradients(H, z, *parameters, eps, h, link=link)
+    return (*of_depth, sums[:, 0].sum(0).to(weight.dtype), sums[:, 1].sum(0).to(bias.dtype)), E, None
 
 
 # ------------------------------------------------------------------------- the same by the reference, for autograd

@@ -1,7 +1,7 @@
 """How the Triton kernels are started: block sizes, numbers of programs, and the memory that they share.
 
 Which kernel runs for a shape, `family` decides: those of few.py, those of many.py, or those that walk along d_b several
-tokens at a time. `last` always walks so.
+tokens at a time. Those of last.py know no slots, only groups.
 """
 
 from __future__ import annotations
@@ -119,8 +119,6 @@ _TILES = {
     ("width", 16): (Tile(4, 64, 1), Tile(2, 64, 1, 2), Tile(2, 64, 1, 2), Tile(1, 128, 4, 2)),
     ("depth", 16): (Tile(4, 64, 1), Tile(2, 64, 1, 2), Tile(2, 64, 1, 3), Tile(1, 128, 4, 2)),
     ("step", 16): (Tile(4, 32, 1), Tile(2, 64, 1, 2), Tile(2, 64, 1, 2), Tile(1, 128, 4, 2)),
-    ("last", 16): (Tile(4, 64, 1), Tile(2, 32, 1, 2), Tile(1, 64, 1, 2), Tile(1, 128, 4, 2)),
-    ("last", 32): (Tile(4, 32, 1), Tile(2, 32, 1), Tile(1, 32, 1), Tile(1, 32, 4)),
     ("forward", 32): (Tile(4, 32, 1), Tile(2, 32, 1), Tile(1, 32, 1), Tile(1, 32, 4)),
     ("width_backward", 16): (Tile(2, 32, 1), Tile(2, 32, 1, 2), Tile(2, 32, 1, 2), Tile(1, 64, 4, 2)),
     ("width_backward", 32): (Tile(2, 16, 1), Tile(2, 16, 1), Tile(1, 32, 1), Tile(1, 32, 4)),
@@ -128,8 +126,6 @@ _TILES = {
     ("depth_backward", 32): (Tile(1, 32, 1), Tile(2, 16, 1), Tile(1, 16, 2, 1), Tile(1, 16, 8)),
     ("step_backward", 16): (Tile(1, 32, 1), Tile(2, 32, 1, 2), Tile(1, 32, 1), Tile(1, 32, 8)),
     ("step_backward", 32): (Tile(1, 32, 1), Tile(1, 32, 1), Tile(1, 32, 1), Tile(1, 32, 8)),
-    ("last_backward", 16): (Tile(1, 64, 1), Tile(2, 64, 1, 2), Tile(2, 64, 2, 2), Tile(1, 64, 4, 2)),
-    ("last_backward", 32): (Tile(4, 32, 1), Tile(2, 16, 1), Tile(1, 16, 1), Tile(1, 32, 4, 1)),
 }
 if LEAST_SUM > 8:  # Triton before 3.8: a sum over 8 slots takes two tokens a program, or 16 slots' registers
     _TILES["step", 16] = (Tile(4, 32, 1), Tile(2, 32, 1), Tile(1, 64, 1), Tile(1, 64, 4))
@@ -150,8 +146,21 @@ def fuses_step_backward(m: int, n: int, d: int, dtype: torch.dtype) -> bool:
     return INTERPRETED or family("step_backward", m, n, d, dtype) != "" or (n <= 8 and dtype.itemsize == 2)
 
 
+LONGEST_GROUP = 8192  # numbers that a program has in its registers, whole: 16 a thread, of 16 warps
+
+
+def group_sizes(m: int, n: int, d: int) -> dict:
+    """For last.py: D is all that a group has, m d_b numbers. A longer one is taken in chunks of half the longest, 8
+    numbers a thread."""
+    D, BD = m * d, max(32, next_power_of_2(m * d))
+    BD, of_warp = (BD, 512) if BD <= LONGEST_GROUP else (LONGEST_GROUP // 2, 256)
+    return {"R": n // m, "D": D, "BD": BD, "num_warps": max(1, BD // of_warp)}
+
+
 def sizes(kernel: str, m: int, n: int, d: int, dtype: torch.dtype) -> dict:
     """The compile-time arguments that kernels have, and num_warps and num_stages; see `weight_sizes` for the others."""
+    if kernel.startswith("group_norm"):
+        return group_sizes(m, n, d)
     if kernel.startswith("few_"):
         warps = whole_rows(m, n, d, 8 * dtype.itemsize, kernel.endswith("backward_kernel"))
         return {"M": m, "N": n, "D": d, "BD": max(32, next_power_of_2(d)), "AHEAD": AHEAD, "num_warps": warps}
@@ -161,7 +170,8 @@ def sizes(kernel: str, m: int, n: int, d: int, dtype: torch.dtype) -> dict:
         exact = {"PREC": precision(torch.float32)} if reads else {}  # of the one product that has to be
         exact |= {"GRAM": n <= 32} if reads and not kernel.endswith("backward_kernel") else {}
         return exact | {
-            "M": m, "N": n, "D": d, "AHEAD": AHEAD, "PER": PER, "BD": BD, "num_warps": num_warps, "num_stages": num_stages,
+            "M": m, "N": n, "D": d, "AHEAD": AHEAD, "PER": PER, "BD": BD, "num_warps": num_warps,
+            "num_stages": num_stages,
             "MP": max(16, PER * next_power_of_2(m)), "NP": max(16, next_power_of_2(n)),
         }  # fmt: skip
     BT, BD, num_warps, num_stages = tile(kernel, m, n, d, 8 * dtype.itemsize)
@@ -229,11 +239,15 @@ class Launch:
         return sizes(self.kernel(name).__name__, self.m, self.n, self.d, self.dtype)
 
     def programs(self, name: str) -> int:
-        """How many programs share the tokens, and leave a partial sum each, in a backward pass; no more than tokens,
-        since each has at least one. Eight warps are all that fit a multiprocessor with 255 registers a thread. Those of
-        `last` leave sums as large as a state: half as many."""
-        most = max(1, 8 // self.sizes(name)["num_warps"])
-        return min(self.T, programs(self.device, min(most, 4) if name == "last_backward" else most))
+        """How many programs share the tokens (those of a group, where a program has one), and leave a partial sum each,
+        in a backward pass; no more than tokens, since each has at least one. Eight warps are all that fit a
+        multiprocessor with 255 registers a thread; those of last.py take half of that."""
+        return self._share(name, 16 if name == "group_norm_backward" else 8)
+
+    def _share(self, name: str, warps: int) -> int:
+        """So many that a multiprocessor has that many warps, those of all groups together; one of each at least."""
+        chosen = self.sizes(name)
+        return min(self.T, programs(self.device, max(1, warps // (chosen["num_warps"] * chosen.get("R", 1)))))
 
     def at_once(self, name: str) -> int:
         """How many tokens have their sums apart: those of all programs, of which one may have several in a tile."""
@@ -254,10 +268,12 @@ class Launch:
         elif "BT" in chosen:
             count = triton.cdiv(self.T, chosen["BT"])
         else:  # several times what fits: then it matters little how many programs do
-            count = min(self.T, programs(self.device, 64 // chosen["num_warps"]))
+            count = self._share(name, 64)
         arguments = [arguments[0] if a is None else a for a in arguments]
+        if "R" not in chosen:
+            more["DYNAMIC"] = self.dynamic
         with self.on_device():
-            kernel[(count,)](*arguments, **chosen, **more, DYNAMIC=self.dynamic)
+            kernel[(count * chosen.get("R", 1),)](*arguments, **chosen, **more)
 
     def projections(self, name: str, depth: tuple = (), width: tuple = ()) -> Tensor | None:
         """V of projections.py for that kernel, from (W_alpha, W_beta, gain) of a depth, (W_alpha, gain) of a width, or

@@ -61,7 +61,9 @@ def store_rows(pointer, X, c, left, R: tl.constexpr, D: tl.constexpr, RP: tl.con
 
 
 @triton.jit
-def touch(pointer, start, left, R: tl.constexpr, D: tl.constexpr, RP: tl.constexpr, BD: tl.constexpr, PER: tl.constexpr):
+def touch(
+    pointer, start, left, R: tl.constexpr, D: tl.constexpr, RP: tl.constexpr, BD: tl.constexpr, PER: tl.constexpr
+):  # fmt: skip
     """Of BD columns from `start` on, in rows of a tile that comes later, one number in every 32 bytes: [RP, BD / 16].
     Then all of them are in the cache when they are wanted. See `untouched`."""
     offsets, inside = place(start + 16 * tl.arange(0, BD // 16), left, R, D, RP, PER)
@@ -79,7 +81,7 @@ def untouched(RP: tl.constexpr, BD: tl.constexpr):
 def keep(pointer, kept, T):
     """Nothing, since no T is negative: but that the compiler does not know."""
     i, k = tl.arange(0, kept.shape[0])[:, None], tl.arange(0, kept.shape[1])[None, :]
-    tl.store(pointer + i + k, kept.to(tl.bfloat16, bitcast=True), mask=T < i * 0)
+    tl.store(pointer + i + k, kept.to(tl.bfloat16, bitcast=True), mask=i * 0 > T)
 
 
 @triton.jit

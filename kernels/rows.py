@@ -79,7 +79,7 @@ def untouched(pointer, BD: tl.constexpr):
 def keep(pointer, kept, T):
     """Nothing, since no T is negative: but that the compiler does not know."""
     i = tl.arange(0, kept.shape[0])
-    tl.store(pointer + i, kept.to(pointer.dtype.element_ty, bitcast=True), mask=T < i * 0)
+    tl.store(pointer + i, kept.to(pointer.dtype.element_ty, bitcast=True), mask=i * 0 > T)
 
 
 @triton.jit

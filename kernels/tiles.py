@@ -9,8 +9,8 @@ Notation, as in `vwn_ref.ghc` and `vwn_ref.dynamic`. One program works on BT tok
 
 16-bit numbers become float32 as they are loaded and 16-bit again as they are stored: all arithmetic is in float32.
 
-These are the kernels for more than 4 slots, and for fewer in `last` and where d_b is too long for the registers: see
-rows.py for the others. Sums over slots and segments are short (R ≤ 72), sums over d_b are long. Long ones go to the
+These are the kernels for more than 4 slots, and for fewer where d_b is too long for the registers: see rows.py for the
+others. Sums over slots and segments are short (R ≤ 72), sums over d_b are long. Long ones go to the
 tensor cores (`tl.dot`). Of the short ones, `mix`, `unmix` and `spread` have two forms, chosen by n (`MANY` is True from
 n = 5 on):
 

@@ -62,8 +62,8 @@ def test_what_is_kept_is_not_compiled_again_unless_it_changed_and_spills_show(co
         assert aot.main() == 0
         sources = aot.code(launch.KERNELS["few_width"])
         assert any("FunctionDef(name='packed_size'" in t for t in sources)  # it is no kernel
-        launch.tile = lambda *shape: launch.Tile(16, 128, 1)  # a tile too large for one warp
-        job = aot.Job("last", 2, 3, 1024, "bf16", "sm_90", dynamic=False)
+        launch.tile = lambda *shape: launch.Tile(4, 128, 1)  # a tile too large for one warp
+        job = aot.Job("depth", 4, 8, 1024, "fp32", "sm_90", dynamic=False)
         assert aot.digest(job) != aot.read(path).get(job, {{}}).get("digest")
         row = aot.compile_one(job)
         print("FAULT", aot.faults(row))

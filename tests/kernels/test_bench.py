@@ -67,12 +67,18 @@ def test_minimal_bytes_are_those_of_the_tensors(op):
         ("step", {}, 5 * 3 + 3 * 2, 3 * 5 + 3 * 2),  # the new state twice, once by weights_kernel
         ("step", {"mixes_again": True}, 4 * 3 + 3 * 2, 3 * 5 + 3 * 2),  # the new state by weights_kernel only
         ("step", {"one_kernel": False}, (3 * 3 + 2) + (3 * 3 + 2 * 2) + 3, 3 * 5 + 3 * 2),  # width, depth, weights
+        ("last", {}, (2 * 3 + 2) + 3 * 3 + (3 * 3 + 2 * 2) + 3, 3 * 5),  # depth, the norm's backward, depth's, weights
     ],
     ids=str,
 )
 def test_bytes_of_our_backward_kernels_by_hand(op, way, rows, coefficients):
     found = bench.kernel_bytes(op, "backward", 2, 3, 512, 1, 2, **way)
     assert found == rows * 512 * 2 + 2 * coefficients * 4  # bytes; e is written and read
+
+
+@pytest.mark.parametrize("op, rows", [("width", 3 + 2), ("depth", 2 * 3 + 2), ("last", (2 * 3 + 2) + 2 * 3)])
+def test_bytes_of_our_forward_kernels_by_hand(op, rows):
+    assert bench.kernel_bytes(op, "forward", 2, 3, 512, 1, 2) == rows * 512 * 2
 
 
 @pytest.mark.parametrize(

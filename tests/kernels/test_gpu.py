@@ -72,6 +72,9 @@ def memory_given_back():
         (4, 8, 1024, 4096, torch.float16),  # walks
         (2, 3, 1000, 4096, torch.bfloat16),  # part of a row is padding
         (2, 3, 12288, 1024, torch.bfloat16),  # rows that are too long for the registers: walks
+        (2, 4, 12288, 1024, torch.bfloat16),  # and a group that is
+        (2, 4, 9000, 1024, torch.float32),
+        (3, 6, 2880, 4096, torch.bfloat16),  # part of a group is padding
     ],
     ids=str,
 )

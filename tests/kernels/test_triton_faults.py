@@ -43,7 +43,28 @@ FAULTS_OF_WALKS = {
     "a dropped part of g_V": ("finish", "g_V += tl.sum(x", "g_V = tl.sum(x", "g_W_alpha0"),
     "what is the other's not 0": ("finish", "tl.where(carry, total, 0.0)", "total", "g_A0"),
     "the gain twice in its own gradient": ("finish", "tl.sum(g_V * w", "tl.sum(g_W * w", "g_gain0"),
-    "the variance of slots for that of groups": ("last", "+ D * away * away", "", "out"),
+}  # fmt: skip
+# Of the GroupNorm
+FAULTS_OF_GROUPS = {
+    "another group's weight": ("last", "w = load_row(weight, group, D, BD)", "w = load_row(weight, 0, D, BD)", "out"),
+    "padding in the variance": ("last", "tl.where(c < D, x - mean, 0.0)", "x - mean", "out"),
+    "the token before": ("last", "following = load_group(H, t + step,", "following = load_group(H, t,", "out"),
+    "the groups of a program's tokens": ("last", "tl.num_programs(0) // R", "tl.num_programs(0)", None),
+    "the mean not differentiated": ("last", "g_h = rstd * (g * w - mean_u - h", "g_h = rstd * (g * w - h", "g_H"),
+    "nor the variance": ("last", "(g * w - mean_u - h * mean_uh)", "(g * w - mean_u)", "g_H"),
+    "one token's gradient of the weight": ("last", "weight_sum += g * h", "weight_sum = g * h", "g_weight"),
+    "one token's gradient of the bias": ("last", "bias_sum += g\n", "bias_sum = g\n", "g_bias"),
+    "another group's sums": ("last", "(2 * R) + group) * D", "(2 * R)) * D", "g_weight"),
+}  # fmt: skip
+# Of one that is too long for the registers
+FAULTS_OF_CHUNKS = {
+    "padding in the variance of chunks": ("last", "tl.where(c < D, x - mean, 0.0)", "x - mean", "out"),
+    "one chunk in the mean": ("last", "total += load_chunk(H", "total = load_chunk(H", "out"),
+    "one chunk in the variance": ("last", "square += h * h", "square = h * h", "out"),
+    "one chunk in the mean of u": ("last", "total_u += ", "total_u = ", "g_H"),
+    "one chunk in the mean of u ĥ": ("last", "inner += ", "inner = ", "g_H"),
+    "the last token's sums": ("last", "before + x, mask", "x, mask", "g_weight"),
+    "what lay there before": ("last", "tl.where(again, known, 0.0)", "known", "g_bias"),
 }  # fmt: skip
 # Where a token's rows stay in registers
 FAULTS_OF_ROWS = {
@@ -93,7 +114,9 @@ FAULTS_OF_TILES = {
     ),
     "the norm of a tile's x not differentiated": ("many", " - pull_x[:, None] * x", "", "g_H"),
     "nor in the gradient of Å": ("many", " - pull_x[None, :] * Hx", "", "g_A0"),
-    "H′ H′ᵀ of one chunk": ("many", "return add_product(total, h, tl.trans(h))", "return product(h, tl.trans(h))", "x0"),
+    "H′ H′ᵀ of one chunk": (
+        "many", "return add_product(total, h, tl.trans(h))", "return product(h, tl.trans(h))", "x0"
+    ),
     "and in the backward": ("many", "gram = add_product(gram, h, tl.trans(h))", "gram = product(h, tl.trans(h))", None),
     "RMSNorm of a tile's slots not differentiated": (
         "many", "g_h -= pull[:, None]", "g_h -= 0.0 * pull[:, None]", "g_H"
@@ -134,7 +157,10 @@ FAULTS_OF_MANY = {
     "another token's matrix": ("depth", "load_matrix(parked, own_t,", "load_matrix(parked, own_t * 0,", "g_H"),
 }  # fmt: skip
 
-FAULTS = FAULTS_OF_WALKS | FAULTS_OF_ROWS | FAULTS_OF_TILES | FAULTS_OF_LARGE_TILES | FAULTS_OF_MANY
+FAULTS = (
+    FAULTS_OF_WALKS | FAULTS_OF_GROUPS | FAULTS_OF_CHUNKS | FAULTS_OF_ROWS | FAULTS_OF_TILES | FAULTS_OF_LARGE_TILES
+    | FAULTS_OF_MANY
+)  # fmt: skip
 CASE = (2, 4, 20, (5,), torch.float32)  # 20 columns: a second chunk of BD = 16, and part of it is padding
 CASE_OF_TILES = (2, 6, 20, (5,), torch.bfloat16)
 CASE_OF_LARGE_TILES = (2, 34, 20, (3,), torch.bfloat16)
@@ -142,7 +168,8 @@ CASE_OF_MANY = (2, 18, 20, (5,), torch.float32)
 CASES = {
     fault: case
     for case, faults in (
-        (CASE, FAULTS_OF_WALKS), (CASE, FAULTS_OF_ROWS), (CASE_OF_TILES, FAULTS_OF_TILES),
+        (CASE, FAULTS_OF_WALKS), (CASE, FAULTS_OF_GROUPS), (CASE, FAULTS_OF_CHUNKS), (CASE, FAULTS_OF_ROWS),
+        (CASE_OF_TILES, FAULTS_OF_TILES),
         (CASE_OF_LARGE_TILES, FAULTS_OF_LARGE_TILES), (CASE_OF_MANY, FAULTS_OF_MANY),
     )
     for fault in faults
@@ -202,12 +229,17 @@ def errors(found, wanted, case) -> set[str]:
     return wrong
 
 
-@pytest.mark.parametrize("way", ["walks", "rows", "tiles", "large tiles", "many"])
+def chunks(monkeypatch):
+    """Groups in chunks of 16, as where they are too long."""
+    monkeypatch.setattr(launch, "LONGEST_GROUP", 32)
+
+
+@pytest.mark.parametrize("way", ["walks", "rows", "tiles", "large tiles", "many", "chunks"])
 def test_without_a_fault_nothing_is_wrong(tmp_path, monkeypatch, small_tiles, wanted, way):
     load_kernels(tmp_path, None, monkeypatch)
     case = {"many": CASE_OF_MANY, "tiles": CASE_OF_TILES, "large tiles": CASE_OF_LARGE_TILES}.get(way, CASE)
-    if way == "walks":
-        walk(monkeypatch)
+    if way in ("walks", "chunks"):
+        {"walks": walk, "chunks": chunks}[way](monkeypatch)
     assert errors(values.two_sublayers(fused, *case), wanted[case], case) == set()
 
 
@@ -219,5 +251,7 @@ def test_a_planted_fault_is_found(tmp_path, monkeypatch, small_tiles, wanted, fa
     must = FAULTS[fault][3]
     if fault in FAULTS_OF_WALKS:
         walk(monkeypatch)
+    if fault in FAULTS_OF_CHUNKS:
+        chunks(monkeypatch)
     wrong = errors(values.two_sublayers(fused, *case), wanted[case], case)
     assert wrong and (must is None or must in wrong), f"wrong were: {sorted(wrong)}"

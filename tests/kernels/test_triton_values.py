@@ -181,6 +181,26 @@ def test_few_slots_by_walks_along_long_rows(monkeypatch, m, n, d, tokens, dtype,
 
 
 @pytest.mark.parametrize(
+    "m, n, d, tokens, dtype",
+    [(1, 2, 35, 7, torch.float32), (2, 6, 40, 5, torch.bfloat16), (3, 3, 16, 5, torch.float16)],
+    ids=str,
+)
+def test_groups_in_chunks(monkeypatch, m, n, d, tokens, dtype):
+    monkeypatch.setattr(launching, "LONGEST_GROUP", 32)  # of 16, the last one full or not
+    case = (m, n, d, (tokens,), dtype)
+    assert_close(two_sublayers(fused, *case), two_sublayers(Reference, *case), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(
+    "D, BD, warps",
+    [(1, 32, 1), (512, 512, 1), (513, 1024, 2), (4096, 4096, 8), (8192, 8192, 16), (8193, 4096, 16)],
+    ids=str,
+)
+def test_which_groups_stay_in_registers(D, BD, warps):
+    assert launching.group_sizes(1, 3, D) == {"R": 3, "D": D, "BD": BD, "num_warps": warps}
+
+
+@pytest.mark.parametrize(
     "m, n, d, bits, warps",
     [
         (2, 3, 1, 16, 1), (2, 3, 512, 16, 1), (2, 3, 513, 16, 2), (2, 3, 4096, 16, 8), (2, 3, 4097, 16, 0),
@@ -200,12 +220,14 @@ def test_whose_rows_stay_in_registers(m, n, d, bits, warps):
     [
         ("depth_backward", 2, 3, torch.bfloat16, 1, 8), ("step_backward", 4, 8, torch.bfloat16, 2, 8),
         ("step_backward", 4, 16, torch.bfloat16, 1, 8), ("step_backward", 8, 64, torch.bfloat16, 1, 2),
-        ("depth_backward", 8, 64, torch.float32, 1, 1), ("last_backward", 4, 8, torch.bfloat16, 1, 4),
+        ("depth_backward", 8, 64, torch.float32, 1, 1), ("group_norm_backward", 4, 8, torch.bfloat16, 1, 4),
+        ("group_norm_backward", 1, 3, torch.float32, 1, 2), ("group_norm_backward", 1, 64, torch.float32, 1, 1),
     ],
     ids=str,
 )  # fmt: skip
 def test_programs_of_a_multiprocessor(name, m, n, dtype, tokens, each, monkeypatch):
-    """Eight warps; and sums for each, and for each of the tokens in a tile."""
+    """Eight warps, sixteen of the norm and of all its groups together, at least one; and sums for each, and for each of
+    the tokens in a tile."""
     monkeypatch.setattr(launching, "INTERPRETED", False)
     monkeypatch.setattr(launching, "programs", lambda device, each: each)
     launch = launching.Launch(torch.zeros(99, n, 1024 // m, dtype=dtype, device=DEVICE), m, dynamic=True)
@@ -230,9 +252,10 @@ def test_projections(n, dtype):
     ):
         assert found.dtype == (dtype if n > 4 else torch.float32)
         nearest = wanted.to(found.dtype).float()
-        torch.testing.assert_close(found.float(), wanted, rtol=1e-6 if found.dtype == torch.float32 else 2**-8, atol=0.0)
+        exact = found.dtype == torch.float32
+        torch.testing.assert_close(found.float(), wanted, rtol=1e-6 if exact else 2**-8, atol=0.0)
         # the last bit of float32 is another here and there: then the nearest may be the other one
-        assert found.dtype == torch.float32 or (found.float() == nearest).double().mean() > 0.99
+        assert exact or (found.float() == nearest).double().mean() > 0.99
 
 
 @pytest.mark.skipif(not launching.INTERPRETED, reason="a GPU rounds so by itself")
