@@ -15,9 +15,12 @@ import triton
 from torch import Tensor
 from triton import next_power_of_2
 from vwn_ref.kernels import depth, few, last, many, step, width
-from vwn_ref.kernels.finish import coefficients_gradient_kernel, projections_gradient_kernel
+from vwn_ref.kernels.finish import (
+    coefficients_gradient_kernel,
+    norm_gradient_kernel,
+    projections_gradient_kernel,
+)  # fmt: skip
 from vwn_ref.kernels.projections import projections_kernel
-from vwn_ref.kernels.rows import in_order
 from vwn_ref.kernels.tiles import LEAST_SUM
 from vwn_ref.kernels.weights import weights_kernel
 
@@ -197,13 +200,30 @@ def e_dtype(m: int, n: int, dtype: torch.dtype) -> torch.dtype:
     return dtype if n > 8 and n % 2 == m % 2 == 0 and dtype == torch.bfloat16 else torch.float32
 
 
-def finish_sizes(m: int, n: int) -> dict:
-    """Block sizes of the kernels of finish.py: tiles of some four thousand numbers, and not too few programs, so that
-    none takes many turns."""
+def coefficients_gradient_sizes(m: int, n: int) -> dict:
+    """Some hundred programs where there are that many elements: the loads of one multiprocessor would be waited for.
+    Up to 16 neighbours lie together; four thousand numbers, of all partial sums or half of them, are read a turn."""
+    BE = min(16, 1 << max(0, (n * (n + m) // 48).bit_length() - 1))
+    return {"BE": BE, "BP": 4096 // BE, "num_warps": 8}
+
+
+def norm_gradient_sizes(kernel: str, m: int, n: int, d: int, dtype: torch.dtype) -> dict:
+    """For the sums that this kernel leaves, whose rows have BD places for d_b columns. A hundred programs and more,
+    with the 32 or 64 bytes of a row that come from memory together at the least; eight thousand numbers a turn."""
+    few = kernel.startswith("few_")
+    BD = sizes(kernel, m, n, d, dtype)["BD"] if few else d
+    BC = 8 if m * BD <= 1024 else 16
+    return {
+        "M": m, "D": d, "BD": BD, "PIECES": 4 // dtype.itemsize if few else 1, "BC": BC, "BP": 8192 // BC,
+        "num_warps": 8,
+    }  # fmt: skip
+
+
+def projections_gradient_sizes(m: int, n: int) -> dict:
+    """Tiles of some four thousand numbers, and not too few programs, so that none takes many turns."""
     KP = next_power_of_2(n + 2 * m)
     BD = 1 if KP > 32 else 32 // KP * 4
-    BE = 4 if n * (n + m) <= 128 else 32
-    return {"BE": BE, "BP": 4096 // BE, "KP": KP, "BD": BD, "BS": max(1, 4096 // (KP * BD))}
+    return {"KP": KP, "BD": BD, "BS": max(1, 4096 // (KP * BD))}
 
 
 PROJECTIONS = {"BD": 128, "num_warps": 4}  # of `projections_kernel`: columns of d_b that a program takes
@@ -279,18 +299,22 @@ class Launch:
         as `add_rows` wants them."""
         if norm_gain is None:
             return None
-        chosen = self.sizes(name)
-        columns = chosen["BD"] if self.kernel(name).__name__.startswith("few_") else self.d
+        columns = self.norm_sizes(name)["BD"]
         return self.zeros(max(self.programs(name), 1), self.m, columns)
+
+    def norm_sizes(self, name: str) -> dict:
+        return norm_gradient_sizes(self.kernel(name).__name__, self.m, self.n, self.d, self.dtype)
 
     def norm_gradient(self, name: str, partial: Tensor | None, like: Tensor | None) -> Tensor | None:
         """Their sum: [D]."""
         if partial is None:
             return None
-        total = partial.sum(0)
-        if self.kernel(name).__name__.startswith("few_"):
-            total = in_order(total, self.d, 4 // self.dtype.itemsize)
-        return total.flatten().to(like.dtype)
+        found, chosen = torch.empty_like(like), self.norm_sizes(name)
+        with self.on_device():
+            norm_gradient_kernel[(triton.cdiv(self.m * chosen["BD"], chosen["BC"]),)](
+                partial, len(partial), found, **chosen
+            )
+        return found
 
     def zeros(self, *shape: int) -> Tensor:
         """float32, for sums."""
@@ -320,11 +344,11 @@ class Launch:
         make = torch.empty_like if self.T else torch.zeros_like
         found = [None if t is None else make(t) for t in (A, B, S_alpha, S_beta)]
         if self.T:
-            blocks = finish_sizes(self.m, self.n)
+            blocks = coefficients_gradient_sizes(self.m, self.n)
             with self.on_device():
-                coefficients_gradient_kernel[(triton.cdiv(A.numel(), blocks["BE"]),)](
+                coefficients_gradient_kernel[(triton.cdiv(A.numel(), blocks["BE"]), 2 if self.dynamic else 1)](
                     sums, sums.stride(0), len(sums), *(found[0] if t is None else t for t in found), M=self.m, N=self.n,
-                    DEPTH=B is not None, DYNAMIC=self.dynamic, BE=blocks["BE"], BP=blocks["BP"],
+                    DEPTH=B is not None, **blocks,
                 )  # fmt: skip
         return found
 
@@ -351,11 +375,11 @@ class Launch:
         make = torch.empty_like if self.T else torch.zeros_like
         found = [of_alpha, None if E_write is None else make(W_beta), make(gain)]
         if self.T:
-            blocks, partial = finish_sizes(self.m, self.n), self.weight_partial(H, E_read, E_write)
+            blocks, partial = projections_gradient_sizes(self.m, self.n), self.weight_partial(H, E_read, E_write)
             with self.on_device():
                 projections_gradient_kernel[(triton.cdiv(self.d, blocks["BD"]),)](
                     partial, len(partial), *(W_alpha if t is None else t for t in (W_alpha, W_beta, gain, *found)),
                     M=self.m, N=self.n, D=self.d, READ=0 if E_read is None else self.m,
-                    WRITE=0 if E_write is None else self.n + self.m, KP=blocks["KP"], BS=blocks["BS"], BD=blocks["BD"],
+                    WRITE=0 if E_write is None else self.n + self.m, **blocks,
                 )  # fmt: skip
         return found

@@ -39,7 +39,13 @@ FAULTS_OF_WALKS = {
     "the gradient of the state that goes on lost": (
         "width", "g_h += load_rows(G_add", "g_h += 0.0 * load_rows(G_add", "g_z0"
     ),
-    "a dropped program's sums": ("finish", "total += tl.sum(x", "total = tl.sum(x", "g_A0"),
+    "a dropped program's sums": ("finish", "sums += tl.load(place", "sums = tl.load(place", "g_A0"),
+    "sums of one kind for the other": ("finish", "(which * N + i", "((1 - which) * N + i", "g_S_alpha0"),
+    "sums of one kind in the place of the other's": ("finish", "g_S_alpha, g_S_beta, total", "g_A, g_B, total", "g_A0"),
+    "a dropped program's sums of the norm's gain": (
+        "finish", "sums += tl.load(partial + p * (M", "sums = tl.load(partial + p * (M", "g_norm0"
+    ),
+    "the gain of another segment": ("finish", "g_norm + k * D", "g_norm + (M - 1 - k) * D", "g_norm0"),
     "a dropped part of g_V": ("finish", "g_V += tl.sum(x", "g_V = tl.sum(x", "g_W_alpha0"),
     "what is the other's not 0": ("finish", "tl.where(carry, total, 0.0)", "total", "g_A0"),
     "the gain twice in its own gradient": ("finish", "tl.sum(g_V * w", "tl.sum(g_W * w", "g_gain0"),
@@ -68,6 +74,11 @@ FAULTS_OF_ROWS = {
     "e in another order": ("few", "place % N * K + place // N", "place", "g_W_alpha0"),
     "a transpose": ("few", "combine(c, h, k * N, 1)", "combine(c, h, k, N)", "out"),
     "a transpose in the backward": ("few", "combine(c, g, i, N)", "combine(c, g, i * N, 1)", "g_H"),
+}  # fmt: skip
+# The same of 16 bits, whose sums lie in pieces
+FAULTS_OF_PIECES = {
+    "the gradient of the norm's gain as threads left it": ("finish", " * PIECES + c // (BD", " + c // (BD", "g_norm0"),
+    "one piece of it twice": ("finish", " * PIECES + c // (BD // PIECES)) * 4", " * PIECES) * 4", "g_norm0"),
 }  # fmt: skip
 # Of the kernels for bfloat16 and more than 4 slots, of which two tokens share a tile
 FAULTS_OF_TILES = {
@@ -124,15 +135,22 @@ FAULTS_OF_MANY = {
     "another token's matrix": ("depth", "load_matrix(parked, own_t,", "load_matrix(parked, own_t * 0,", "g_H"),
 }  # fmt: skip
 
-FAULTS = FAULTS_OF_WALKS | FAULTS_OF_ROWS | FAULTS_OF_TILES | FAULTS_OF_MANY
+FAULTS = FAULTS_OF_WALKS | FAULTS_OF_ROWS | FAULTS_OF_PIECES | FAULTS_OF_TILES | FAULTS_OF_MANY
 CASE = (2, 4, 20, (5,), torch.float32)  # 20 columns: a second chunk of BD = 16, and part of it is padding
+CASE_OF_PIECES = (2, 4, 20, (5,), torch.float16)
 CASE_OF_TILES = (2, 6, 20, (5,), torch.bfloat16)
 CASE_OF_MANY = (2, 18, 20, (5,), torch.float32)
 
 
 @pytest.fixture(scope="module")
 def wanted():
-    return {case: values.two_sublayers(values.Reference, *case) for case in (CASE, CASE_OF_TILES, CASE_OF_MANY)}
+    cases = (CASE, CASE_OF_PIECES, CASE_OF_TILES, CASE_OF_MANY)
+    return {case: values.two_sublayers(values.Reference, *case) for case in cases}
+
+
+def case_of(fault: str):
+    kinds = ((FAULTS_OF_PIECES, CASE_OF_PIECES), (FAULTS_OF_TILES, CASE_OF_TILES), (FAULTS_OF_MANY, CASE_OF_MANY))
+    return next((case for faults, case in kinds if fault in faults), CASE)
 
 
 @pytest.fixture
@@ -142,8 +160,13 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(launch, "many_tile", lambda *_: launch.Tile(2, 16, 1))
     weight_sizes = launch.weight_sizes
     monkeypatch.setattr(launch, "weight_sizes", lambda *a: weight_sizes(*a) | {"BR": 4})
-    finish_sizes = launch.finish_sizes
-    monkeypatch.setattr(launch, "finish_sizes", lambda *a: finish_sizes(*a) | {"BE": 8, "BP": 1, "BS": 1})
+    for name in ("coefficients_gradient_sizes", "norm_gradient_sizes", "projections_gradient_sizes"):
+        monkeypatch.setattr(launch, name, smaller(getattr(launch, name), BE=8, BC=8, BP=1, BS=1))
+
+
+def smaller(sizes, **blocks):
+    """The same with these sizes, where it has them."""
+    return lambda *a: {k: blocks.get(k, v) for k, v in sizes(*a).items()}
 
 
 def walk(monkeypatch):
@@ -183,10 +206,10 @@ def errors(found, wanted, case) -> set[str]:
     return wrong
 
 
-@pytest.mark.parametrize("way", ["walks", "rows", "tiles", "many"])
+@pytest.mark.parametrize("way", ["walks", "rows", "pieces", "tiles", "many"])
 def test_without_a_fault_nothing_is_wrong(tmp_path, monkeypatch, small_tiles, wanted, way):
     load_kernels(tmp_path, None, monkeypatch)
-    case = {"many": CASE_OF_MANY, "tiles": CASE_OF_TILES}.get(way, CASE)
+    case = {"many": CASE_OF_MANY, "tiles": CASE_OF_TILES, "pieces": CASE_OF_PIECES}.get(way, CASE)
     if way == "walks":
         walk(monkeypatch)
     assert errors(values.two_sublayers(fused, *case), wanted[case], case) == set()
@@ -196,7 +219,7 @@ def test_without_a_fault_nothing_is_wrong(tmp_path, monkeypatch, small_tiles, wa
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_found(tmp_path, monkeypatch, small_tiles, wanted, fault):
     load_kernels(tmp_path, fault, monkeypatch)
-    case = CASE_OF_MANY if fault in FAULTS_OF_MANY else CASE_OF_TILES if fault in FAULTS_OF_TILES else CASE
+    case = case_of(fault)
     must = FAULTS[fault][3]
     if fault in FAULTS_OF_WALKS:
         walk(monkeypatch)
