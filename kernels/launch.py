@@ -98,8 +98,6 @@ def tile(kernel: str, m: int, n: int, d: int, bits: int) -> Tile:
     """
     if INTERPRETED:  # every operation of every program costs the same there: few programs, and more than one chunk
         tile = Tile(8 if n <= 8 else 4, 32, 1)
-    elif kernel.startswith("weights"):
-        tile = Tile(1, 64, 4 if m + n <= 64 else 8)
     else:
         name = kernel.removesuffix("_kernel")
         tile = _TILES[name if (name, bits) in _TILES else "forward", bits][_kind(n)]
@@ -182,15 +180,56 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
+class Stretch(NamedTuple):
+    """Of `weights_kernel`: rows and columns of d_b that a program takes a turn, and how many such programs a
+    multiprocessor holds at once, by their shared memory."""
+
+    BR: int
+    BD: int
+    num_warps: int
+    num_stages: int
+    each: int
+
+
+# States of bfloat16, for n ≤ 4, n ≤ 8, n ≤ 16, more. For every BD columns e is loaded again, taken apart, and handed
+# from thread to thread, so 64 columns would be few. A multiprocessor has some hundred kB of loads under way. All
+# programs run at the same time; more of them would leave more sums.
+_STRETCHES = (
+    Stretch(64, 128, 4, 3, 3), Stretch(64, 128, 4, 4, 2), Stretch(64, 128, 4, 4, 2), Stretch(64, 128, 4, 3, 2)
+)  # fmt: skip
+
+
+def stretch(m: int, n: int, d: int, columns: int, dtype: torch.dtype) -> Stretch:
+    """For so many columns of e."""
+    KP = next_power_of_2(columns)
+    if INTERPRETED:
+        chosen = Stretch(64, 32, 1, 1, 1)
+    elif dtype != torch.bfloat16:  # 64 rows of float32 would not fit an AMD GPU's shared memory
+        chosen = Stretch(64 if KP < 128 else 32, 64, 4 if m + n <= 64 else 8, 3, 3)
+    elif KP * e_dtype(m, n, dtype).itemsize > 256:  # or sums and e would not fit the registers
+        chosen = Stretch(32, 64, 8, 2, 2)
+    else:
+        chosen = _STRETCHES[_kind(n)]
+    return chosen._replace(BD=max(16, min(chosen.BD, next_power_of_2(d))))
+
+
 def weight_sizes(m: int, n: int, d: int, read: int, write: int, dtype: torch.dtype) -> dict:
-    """The compile-time arguments of `weights_kernel`, for so many columns of a width and of a depth, and num_warps."""
-    tiling = tile("weights_kernel", m, n, d, 8 * dtype.itemsize)
-    KP, split = max(16, next_power_of_2(read + write)), dtype == torch.bfloat16
+    """The compile-time arguments of `weights_kernel`, for so many columns of a width and of a depth, and num_warps and
+    num_stages."""
+    split, chosen = dtype == torch.bfloat16, stretch(m, n, d, read + write, dtype)
+    least = 8 if split and LEAST_SUM == 8 else 16  # an older Triton has no such product for Hopper's warp groups
     return {
-        "D": d, "READ": read, "WRITE": write, "KP": KP, "BD": tiling.BD, "num_warps": tiling.num_warps,
-        "BR": 64 if split or KP < 128 else 32,  # rows of float32 would not fit an AMD GPU's shared memory
+        "D": d, "READ": read, "WRITE": write, "KP": max(least, next_power_of_2(read + write)), "BR": chosen.BR,
+        "BD": chosen.BD, "num_warps": chosen.num_warps, "num_stages": chosen.num_stages,
         "PREC": "bf16" if split else precision(dtype),
     }  # fmt: skip
+
+
+def weight_splits(device: torch.device, rows: int, m: int, n: int, d: int, columns: int, dtype: torch.dtype) -> int:
+    """S of weights.py: as many programs as run at once, but no more than there are stretches of rows."""
+    chosen = stretch(m, n, d, columns, dtype)
+    at_once = programs(device, chosen.each) // (1 if device.type == "cpu" else triton.cdiv(d, chosen.BD))
+    return min(triton.cdiv(rows, chosen.BR), max(1, at_once))
 
 
 def e_dtype(m: int, n: int, dtype: torch.dtype) -> torch.dtype:
@@ -357,7 +396,7 @@ class Launch:
         rows, d = self.T * self.n, self.d
         read, write = (0 if E is None else E.shape[-1] for E in (E_read, E_write))
         constants = weight_sizes(self.m, self.n, d, read, write, H.dtype)
-        splits = min(triton.cdiv(rows, constants["BR"]), 2 if self.device.type == "cpu" else 128)
+        splits = weight_splits(self.device, rows, self.m, self.n, d, read + write, H.dtype)
         partial = torch.empty((splits, d, read + write), dtype=torch.float32, device=self.device)
         with self.on_device():
             weights_kernel[(triton.cdiv(d, constants["BD"]), splits)](

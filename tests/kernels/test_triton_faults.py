@@ -30,7 +30,18 @@ FAULTS_OF_WALKS = {
     "a dropped partial sum of coefficients": (
         "tiles", "return total + tl.sum(X, axis=0)", "return tl.sum(X, axis=0)", "g_A0"
     ),
-    "a dropped partial sum of projections": ("weights", "total += tl.dot", "total = tl.dot", "g_W_alpha0"),
+    "a dropped partial sum of projections": ("weights", "return total + tl.dot", "return tl.dot", "g_W_alpha0"),
+    "the short stretch of rows lost": (
+        "weights", "(whole % splits == split) & (rows % BR > 0)", "rows < 0", "g_W_alpha0"
+    ),
+    "the short stretch by every program": ("weights", "(whole % splits == split) & ", "", "g_W_alpha0"),
+    "the short stretch not at its place": (
+        "weights", "row = tl.cast(whole, tl.int64) * BR", "row = tl.cast(0, tl.int64)", "g_W_alpha0"
+    ),
+    "another stretch": ("weights", "tl.cast(stretch, tl.int64) * BR", "tl.cast(0, tl.int64)", "g_W_alpha0"),
+    "rows of e as far apart as all its columns": (
+        "weights", "tl.where(k < READ, READ, WRITE)", "tl.where(k < READ, READ, READ)", "g_W_alpha0"
+    ),
     "tanh left out of the backward": ("tiles", " * (1.0 - T * T)", "", "g_W_alpha0"),
     "the gradient of a norm's gain missing": (
         "width", "add_partial(norm_partial, g * x", "add_partial(norm_partial, 0.0 * x", "g_norm0"
@@ -121,7 +132,7 @@ FAULTS_OF_TILES = {
     "and of the norm's gain": ("many", "before + X, mask=inside", "X, mask=inside", "g_norm0"),
     "z for g": ("many", "d_write = add_product(d_write, g,", "d_write = add_product(d_write, h,", "g_B0"),
     "the columns of a depth from where those of a width begin": (
-        "weights", "(k - READ)[None, :]", "k[None, :]", "g_W_alpha0"
+        "weights", "E_write + (k - READ)", "E_write + k", "g_W_alpha0"
     ),
 }  # fmt: skip
 # Where the kernels keep sums and matrices in memory
@@ -158,8 +169,7 @@ def small_tiles(monkeypatch):
     """Several blocks a program (two share them) and several chunks: what is added up, is added up more than once."""
     monkeypatch.setattr(launch, "tile", lambda *_: launch.Tile(2, 16, 1))
     monkeypatch.setattr(launch, "many_tile", lambda *_: launch.Tile(2, 16, 1))
-    weight_sizes = launch.weight_sizes
-    monkeypatch.setattr(launch, "weight_sizes", lambda *a: weight_sizes(*a) | {"BR": 4})
+    monkeypatch.setattr(launch, "stretch", lambda *_: launch.Stretch(8, 16, 1, 1, 1))  # 2½ stretches, or more
     for name in ("coefficients_gradient_sizes", "norm_gradient_sizes", "projections_gradient_sizes"):
         monkeypatch.setattr(launch, name, smaller(getattr(launch, name), BE=8, BC=8, BP=1, BS=1))
 
