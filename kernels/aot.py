@@ -39,7 +39,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import ConstexprFunction, JITFunction
 from vwn_ref.kernels import launch
-from vwn_ref.kernels.finish import coefficients_gradient_kernel, projections_gradient_kernel
+from vwn_ref.kernels.finish import (
+    coefficients_gradient_kernel,
+    norm_gradient_kernel,
+    projections_gradient_kernel,
+)  # fmt: skip
 from vwn_ref.kernels.projections import projections_kernel
 from vwn_ref.kernels.weights import weights_kernel
 
@@ -48,9 +52,12 @@ KERNELS = {  # by what they do; which of its family is launched, `launch.family`
     "weights": weights_kernel,
     "projections": projections_kernel,
     "coefficients_gradient": coefficients_gradient_kernel,
+    "norm_gradient": norm_gradient_kernel,
     "projections_gradient": projections_gradient_kernel,
 }
-ONCE = ("projections", "coefficients_gradient", "projections_gradient")  # a launch, whatever the number of tokens
+ONCE = (  # a launch, whatever the number of tokens
+    "projections", "coefficients_gradient", "norm_gradient", "projections_gradient"
+)  # fmt: skip
 TARGETS = {  # name -> target, bytes of shared memory that one program may have
     "sm_90": (GPUTarget("cuda", 90, 32), 232_448),
     "sm_80": (GPUTarget("cuda", 80, 32), 166_912),
@@ -103,6 +110,8 @@ def matrix(
                             continue  # a static GHC has no projections
                         if kernel.startswith("group_norm") and (n % m or not dynamic):
                             continue  # r is an integer there; and they know no GHC, so that one of both is enough
+                        if kernel == "norm_gradient" and not norm:
+                            continue
                         if kernel in ONCE and (dim, dtype) != (1024, "bf16"):
                             continue  # D and the type of the state change little in them
                         yield Job(kernel, m, n, dim, dtype, target, dynamic, norm)
@@ -162,10 +171,14 @@ def build(job: Job) -> Build:
         constants = launch.weight_sizes(job.m, job.n, d, job.m, job.m + job.n, dtype)
     elif job.kernel == "projections":  # those of a step
         constants = {"M": job.m, "N": job.n, "D": d, "DEPTH": True, "WIDTH": True, **launch.PROJECTIONS}
-    elif job.kernel in ONCE:
-        constants = {"M": job.m, "N": job.n, "D": d, "DEPTH": True, "DYNAMIC": job.dynamic}
-        constants |= {"READ": job.m, "WRITE": job.m + job.n}
-        constants |= launch.finish_sizes(job.m, job.n)
+    elif job.kernel == "coefficients_gradient":
+        constants = {"M": job.m, "N": job.n, "DEPTH": True, **launch.coefficients_gradient_sizes(job.m, job.n)}
+    elif job.kernel == "norm_gradient":  # of a width's sums
+        name = launch.family("width_backward", job.m, job.n, d, dtype) + "width_backward_kernel"
+        constants = launch.norm_gradient_sizes(name, job.m, job.n, d, dtype)
+    elif job.kernel == "projections_gradient":
+        constants = {"M": job.m, "N": job.n, "D": d, "READ": job.m, "WRITE": job.m + job.n}
+        constants |= launch.projections_gradient_sizes(job.m, job.n)
     else:
         constants = launch.sizes(kernel.fn.__name__, job.m, job.n, d, dtype)
         constants |= {"DYNAMIC": job.dynamic, "NORM": job.norm, "ADD": True}

@@ -15,9 +15,12 @@ import triton
 from torch import Tensor
 from triton import next_power_of_2
 from vwn_ref.kernels import depth, few, last, many, step, width
-from vwn_ref.kernels.finish import coefficients_gradient_kernel, projections_gradient_kernel
+from vwn_ref.kernels.finish import (
+    coefficients_gradient_kernel,
+    norm_gradient_kernel,
+    projections_gradient_kernel,
+)  # fmt: skip
 from vwn_ref.kernels.projections import projections_kernel
-from vwn_ref.kernels.rows import in_order
 from vwn_ref.kernels.tiles import LEAST_SUM
 from vwn_ref.kernels.weights import weights_kernel
 
@@ -96,8 +99,6 @@ def tile(kernel: str, m: int, n: int, d: int, bits: int) -> Tile:
     """
     if INTERPRETED:  # every operation of every program costs the same there: few programs, and more than one chunk
         tile = Tile(8 if n <= 8 else 4, 32, 1)
-    elif kernel.startswith("weights"):
-        tile = Tile(1, 64, 4 if m + n <= 64 else 8)
     else:
         name = kernel.removesuffix("_kernel")
         tile = _TILES[name if (name, bits) in _TILES else "forward", bits][_kind(n)]
@@ -191,15 +192,56 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
+class Stretch(NamedTuple):
+    """Of `weights_kernel`: rows and columns of d_b that a program takes a turn, and how many such programs a
+    multiprocessor holds at once, by their shared memory."""
+
+    BR: int
+    BD: int
+    num_warps: int
+    num_stages: int
+    each: int
+
+
+# States of bfloat16, for n ≤ 4, n ≤ 8, n ≤ 16, more. For every BD columns e is loaded again, taken apart, and handed
+# from thread to thread, so 64 columns would be few. A multiprocessor has some hundred kB of loads under way. All
+# programs run at the same time; more of them would leave more sums.
+_STRETCHES = (
+    Stretch(64, 128, 4, 3, 3), Stretch(64, 128, 4, 4, 2), Stretch(64, 128, 4, 4, 2), Stretch(64, 128, 4, 3, 2)
+)  # fmt: skip
+
+
+def stretch(m: int, n: int, d: int, columns: int, dtype: torch.dtype) -> Stretch:
+    """For so many columns of e."""
+    KP = next_power_of_2(columns)
+    if INTERPRETED:
+        chosen = Stretch(64, 32, 1, 1, 1)
+    elif dtype != torch.bfloat16:  # 64 rows of float32 would not fit an AMD GPU's shared memory
+        chosen = Stretch(64 if KP < 128 else 32, 64, 4 if m + n <= 64 else 8, 3, 3)
+    elif KP * e_dtype(m, n, dtype).itemsize > 256:  # or sums and e would not fit the registers
+        chosen = Stretch(32, 64, 8, 2, 2)
+    else:
+        chosen = _STRETCHES[_kind(n)]
+    return chosen._replace(BD=max(16, min(chosen.BD, next_power_of_2(d))))
+
+
 def weight_sizes(m: int, n: int, d: int, read: int, write: int, dtype: torch.dtype) -> dict:
-    """The compile-time arguments of `weights_kernel`, for so many columns of a width and of a depth, and num_warps."""
-    tiling = tile("weights_kernel", m, n, d, 8 * dtype.itemsize)
-    KP, split = max(16, next_power_of_2(read + write)), dtype == torch.bfloat16
+    """The compile-time arguments of `weights_kernel`, for so many columns of a width and of a depth, and num_warps and
+    num_stages."""
+    split, chosen = dtype == torch.bfloat16, stretch(m, n, d, read + write, dtype)
+    least = 8 if split and LEAST_SUM == 8 else 16  # an older Triton has no such product for Hopper's warp groups
     return {
-        "D": d, "READ": read, "WRITE": write, "KP": KP, "BD": tiling.BD, "num_warps": tiling.num_warps,
-        "BR": 64 if split or KP < 128 else 32,  # rows of float32 would not fit an AMD GPU's shared memory
+        "D": d, "READ": read, "WRITE": write, "KP": max(least, next_power_of_2(read + write)), "BR": chosen.BR,
+        "BD": chosen.BD, "num_warps": chosen.num_warps, "num_stages": chosen.num_stages,
         "PREC": "bf16" if split else precision(dtype),
     }  # fmt: skip
+
+
+def weight_splits(device: torch.device, rows: int, m: int, n: int, d: int, columns: int, dtype: torch.dtype) -> int:
+    """S of weights.py: as many programs as run at once, but no more than there are stretches of rows."""
+    chosen = stretch(m, n, d, columns, dtype)
+    at_once = programs(device, chosen.each) // (1 if device.type == "cpu" else triton.cdiv(d, chosen.BD))
+    return min(triton.cdiv(rows, chosen.BR), max(1, at_once))
 
 
 def e_dtype(m: int, n: int, dtype: torch.dtype) -> torch.dtype:
@@ -209,13 +251,30 @@ def e_dtype(m: int, n: int, dtype: torch.dtype) -> torch.dtype:
     return dtype if n > 8 and n % 2 == m % 2 == 0 and dtype == torch.bfloat16 else torch.float32
 
 
-def finish_sizes(m: int, n: int) -> dict:
-    """Block sizes of the kernels of finish.py: tiles of some four thousand numbers, and not too few programs, so that
-    none takes many turns."""
+def coefficients_gradient_sizes(m: int, n: int) -> dict:
+    """Some hundred programs where there are that many elements: the loads of one multiprocessor would be waited for.
+    Up to 16 neighbours lie together; four thousand numbers, of all partial sums or half of them, are read a turn."""
+    BE = min(16, 1 << max(0, (n * (n + m) // 48).bit_length() - 1))
+    return {"BE": BE, "BP": 4096 // BE, "num_warps": 8}
+
+
+def norm_gradient_sizes(kernel: str, m: int, n: int, d: int, dtype: torch.dtype) -> dict:
+    """For the sums that this kernel leaves, whose rows have BD places for d_b columns. A hundred programs and more,
+    with the 32 or 64 bytes of a row that come from memory together at the least; eight thousand numbers a turn."""
+    few = kernel.startswith("few_")
+    BD = sizes(kernel, m, n, d, dtype)["BD"] if few else d
+    BC = 8 if m * BD <= 1024 else 16
+    return {
+        "M": m, "D": d, "BD": BD, "PIECES": 4 // dtype.itemsize if few else 1, "BC": BC, "BP": 8192 // BC,
+        "num_warps": 8,
+    }  # fmt: skip
+
+
+def projections_gradient_sizes(m: int, n: int) -> dict:
+    """Tiles of some four thousand numbers, and not too few programs, so that none takes many turns."""
     KP = next_power_of_2(n + 2 * m)
     BD = 1 if KP > 32 else 32 // KP * 4
-    BE = 4 if n * (n + m) <= 128 else 32
-    return {"BE": BE, "BP": 4096 // BE, "KP": KP, "BD": BD, "BS": max(1, 4096 // (KP * BD))}
+    return {"KP": KP, "BD": BD, "BS": max(1, 4096 // (KP * BD))}
 
 
 PROJECTIONS = {"BD": 128, "num_warps": 4}  # of `projections_kernel`: columns of d_b that a program takes
@@ -295,18 +354,22 @@ class Launch:
         as `add_rows` wants them."""
         if norm_gain is None:
             return None
-        chosen = self.sizes(name)
-        columns = chosen["BD"] if self.kernel(name).__name__.startswith("few_") else self.d
+        columns = self.norm_sizes(name)["BD"]
         return self.zeros(max(self.programs(name), 1), self.m, columns)
+
+    def norm_sizes(self, name: str) -> dict:
+        return norm_gradient_sizes(self.kernel(name).__name__, self.m, self.n, self.d, self.dtype)
 
     def norm_gradient(self, name: str, partial: Tensor | None, like: Tensor | None) -> Tensor | None:
         """Their sum: [D]."""
         if partial is None:
             return None
-        total = partial.sum(0)
-        if self.kernel(name).__name__.startswith("few_"):
-            total = in_order(total, self.d, 4 // self.dtype.itemsize)
-        return total.flatten().to(like.dtype)
+        found, chosen = torch.empty_like(like), self.norm_sizes(name)
+        with self.on_device():
+            norm_gradient_kernel[(triton.cdiv(self.m * chosen["BD"], chosen["BC"]),)](
+                partial, len(partial), found, **chosen
+            )
+        return found
 
     def zeros(self, *shape: int) -> Tensor:
         """float32, for sums."""
@@ -336,11 +399,11 @@ class Launch:
         make = torch.empty_like if self.T else torch.zeros_like
         found = [None if t is None else make(t) for t in (A, B, S_alpha, S_beta)]
         if self.T:
-            blocks = finish_sizes(self.m, self.n)
+            blocks = coefficients_gradient_sizes(self.m, self.n)
             with self.on_device():
-                coefficients_gradient_kernel[(triton.cdiv(A.numel(), blocks["BE"]),)](
+                coefficients_gradient_kernel[(triton.cdiv(A.numel(), blocks["BE"]), 2 if self.dynamic else 1)](
                     sums, sums.stride(0), len(sums), *(found[0] if t is None else t for t in found), M=self.m, N=self.n,
-                    DEPTH=B is not None, DYNAMIC=self.dynamic, BE=blocks["BE"], BP=blocks["BP"],
+                    DEPTH=B is not None, **blocks,
                 )  # fmt: skip
         return found
 
@@ -349,7 +412,7 @@ class Launch:
         rows, d = self.T * self.n, self.d
         read, write = (0 if E is None else E.shape[-1] for E in (E_read, E_write))
         constants = weight_sizes(self.m, self.n, d, read, write, H.dtype)
-        splits = min(triton.cdiv(rows, constants["BR"]), 2 if self.device.type == "cpu" else 128)
+        splits = weight_splits(self.device, rows, self.m, self.n, d, read + write, H.dtype)
         partial = torch.empty((splits, d, read + write), dtype=torch.float32, device=self.device)
         with self.on_device():
             weights_kernel[(triton.cdiv(d, constants["BD"]), splits)](
@@ -367,11 +430,11 @@ class Launch:
         make = torch.empty_like if self.T else torch.zeros_like
         found = [of_alpha, None if E_write is None else make(W_beta), make(gain)]
         if self.T:
-            blocks, partial = finish_sizes(self.m, self.n), self.weight_partial(H, E_read, E_write)
+            blocks, partial = projections_gradient_sizes(self.m, self.n), self.weight_partial(H, E_read, E_write)
             with self.on_device():
                 projections_gradient_kernel[(triton.cdiv(self.d, blocks["BD"]),)](
                     partial, len(partial), *(W_alpha if t is None else t for t in (W_alpha, W_beta, gain, *found)),
                     M=self.m, N=self.n, D=self.d, READ=0 if E_read is None else self.m,
-                    WRITE=0 if E_write is None else self.n + self.m, KP=blocks["KP"], BS=blocks["BS"], BD=blocks["BD"],
+                    WRITE=0 if E_write is None else self.n + self.m, **blocks,
                 )  # fmt: skip
         return found

@@ -88,7 +88,8 @@ def add_rows(pointer, rows, BD: tl.constexpr, PIECES: tl.constexpr):
 
     A thread that loaded sixteen bytes of a row has eight neighbouring columns of 16-bit numbers, but four of float32.
     So a row lies there in PIECES, [2, BD / 8, 4] for 16 bits and [1, BD / 4, 4] for 32: then each thread reads and
-    writes its own columns, sixteen bytes at a time, and none change hands (from Triton 3.7 on). `in_order` undoes it.
+    writes its own columns, sixteen bytes at a time, and none change hands (from Triton 3.7 on). That order
+    `norm_gradient_kernel` undoes.
     """
     piece, four = tl.arange(0, PIECES)[:, None, None], tl.arange(0, BD // PIECES // 4)[None, :, None]
     place = pointer + piece * (BD // PIECES) + four * 4 + tl.arange(0, 4)[None, None, :]
@@ -100,11 +101,6 @@ def add_rows(pointer, rows, BD: tl.constexpr, PIECES: tl.constexpr):
         row = tl.permute(tl.reshape(rows[k], (BD // PIECES // 4, PIECES, 4)), (1, 0, 2))
         tl.store(place + k * BD, before[k] + row)
     tl.debug_barrier()
-
-
-def in_order(sums, columns: int, pieces: int):
-    """[..., BD] as `add_rows` left it -> [..., columns]."""
-    return sums.unflatten(-1, (pieces, -1, 4)).transpose(-3, -2).flatten(-3)[..., :columns]
 
 
 @triton.jit

@@ -30,7 +30,18 @@ FAULTS_OF_WALKS = {
     "a dropped partial sum of coefficients": (
         "tiles", "return total + tl.sum(X, axis=0)", "return tl.sum(X, axis=0)", "g_A0"
     ),
-    "a dropped partial sum of projections": ("weights", "total += tl.dot", "total = tl.dot", "g_W_alpha0"),
+    "a dropped partial sum of projections": ("weights", "return total + tl.dot", "return tl.dot", "g_W_alpha0"),
+    "the short stretch of rows lost": (
+        "weights", "(whole % splits == split) & (rows % BR > 0)", "rows < 0", "g_W_alpha0"
+    ),
+    "the short stretch by every program": ("weights", "(whole % splits == split) & ", "", "g_W_alpha0"),
+    "the short stretch not at its place": (
+        "weights", "row = tl.cast(whole, tl.int64) * BR", "row = tl.cast(0, tl.int64)", "g_W_alpha0"
+    ),
+    "another stretch": ("weights", "tl.cast(stretch, tl.int64) * BR", "tl.cast(0, tl.int64)", "g_W_alpha0"),
+    "rows of e as far apart as all its columns": (
+        "weights", "tl.where(k < READ, READ, WRITE)", "tl.where(k < READ, READ, READ)", "g_W_alpha0"
+    ),
     "tanh left out of the backward": ("tiles", " * (1.0 - T * T)", "", "g_W_alpha0"),
     "the gradient of a norm's gain missing": (
         "width", "add_partial(norm_partial, g * x", "add_partial(norm_partial, 0.0 * x", "g_norm0"
@@ -39,7 +50,13 @@ FAULTS_OF_WALKS = {
     "the gradient of the state that goes on lost": (
         "width", "g_h += load_rows(G_add", "g_h += 0.0 * load_rows(G_add", "g_z0"
     ),
-    "a dropped program's sums": ("finish", "total += tl.sum(x", "total = tl.sum(x", "g_A0"),
+    "a dropped program's sums": ("finish", "sums += tl.load(place", "sums = tl.load(place", "g_A0"),
+    "sums of one kind for the other": ("finish", "(which * N + i", "((1 - which) * N + i", "g_S_alpha0"),
+    "sums of one kind in the place of the other's": ("finish", "g_S_alpha, g_S_beta, total", "g_A, g_B, total", "g_A0"),
+    "a dropped program's sums of the norm's gain": (
+        "finish", "sums += tl.load(partial + p * (M", "sums = tl.load(partial + p * (M", "g_norm0"
+    ),
+    "the gain of another segment": ("finish", "g_norm + k * D", "g_norm + (M - 1 - k) * D", "g_norm0"),
     "a dropped part of g_V": ("finish", "g_V += tl.sum(x", "g_V = tl.sum(x", "g_W_alpha0"),
     "what is the other's not 0": ("finish", "tl.where(carry, total, 0.0)", "total", "g_A0"),
     "the gain twice in its own gradient": ("finish", "tl.sum(g_V * w", "tl.sum(g_W * w", "g_gain0"),
@@ -90,6 +107,11 @@ FAULTS_OF_ROWS = {
     "a transpose": ("few", "combine(c, h, k * N, 1)", "combine(c, h, k, N)", "out"),
     "a transpose in the backward": ("few", "combine(c, g, i, N)", "combine(c, g, i * N, 1)", "g_H"),
 }  # fmt: skip
+# The same of 16 bits, whose sums lie in pieces
+FAULTS_OF_PIECES = {
+    "the gradient of the norm's gain as threads left it": ("finish", " * PIECES + c // (BD", " + c // (BD", "g_norm0"),
+    "one piece of it twice": ("finish", " * PIECES + c // (BD // PIECES)) * 4", " * PIECES) * 4", "g_norm0"),
+}  # fmt: skip
 # Of the kernels for bfloat16 and more than 4 slots, of which two tokens share a tile
 FAULTS_OF_TILES = {
     "a missing mask of a tile": (
@@ -137,14 +159,13 @@ FAULTS_OF_TILES = {
     ),
     "z for g": ("many", "d_write = add_product(d_write, g,", "d_write = add_product(d_write, h,", "g_B0"),
     "the columns of a depth from where those of a width begin": (
-        "weights", "(k - READ)[None, :]", "k[None, :]", "g_W_alpha0"
+        "weights", "E_write + (k - READ)", "E_write + k", "g_W_alpha0"
     ),
 }  # fmt: skip
 # Of the same with more than 32 slots
 FAULTS_OF_LARGE_TILES = {
     "a program's first token only": ("many", "before + C, mask=inside", "C, mask=inside", "g_A0"),
     "Σ x² of one chunk": ("many", "square_x += squares", "square_x = squares", "x0"),
-    "Σ h² of one chunk": ("many", "return total + squares(h)", "return squares(h)", "x0"),
 }
 # Where the kernels keep sums and matrices in memory
 FAULTS_OF_MANY = {
@@ -158,10 +179,11 @@ FAULTS_OF_MANY = {
 }  # fmt: skip
 
 FAULTS = (
-    FAULTS_OF_WALKS | FAULTS_OF_GROUPS | FAULTS_OF_CHUNKS | FAULTS_OF_ROWS | FAULTS_OF_TILES | FAULTS_OF_LARGE_TILES
-    | FAULTS_OF_MANY
+    FAULTS_OF_WALKS | FAULTS_OF_GROUPS | FAULTS_OF_CHUNKS | FAULTS_OF_ROWS | FAULTS_OF_PIECES | FAULTS_OF_TILES
+    | FAULTS_OF_LARGE_TILES | FAULTS_OF_MANY
 )  # fmt: skip
 CASE = (2, 4, 20, (5,), torch.float32)  # 20 columns: a second chunk of BD = 16, and part of it is padding
+CASE_OF_PIECES = (2, 4, 20, (5,), torch.float16)
 CASE_OF_TILES = (2, 6, 20, (5,), torch.bfloat16)
 CASE_OF_LARGE_TILES = (2, 34, 20, (3,), torch.bfloat16)
 CASE_OF_MANY = (2, 18, 20, (5,), torch.float32)
@@ -169,7 +191,7 @@ CASES = {
     fault: case
     for case, faults in (
         (CASE, FAULTS_OF_WALKS), (CASE, FAULTS_OF_GROUPS), (CASE, FAULTS_OF_CHUNKS), (CASE, FAULTS_OF_ROWS),
-        (CASE_OF_TILES, FAULTS_OF_TILES),
+        (CASE_OF_PIECES, FAULTS_OF_PIECES), (CASE_OF_TILES, FAULTS_OF_TILES),
         (CASE_OF_LARGE_TILES, FAULTS_OF_LARGE_TILES), (CASE_OF_MANY, FAULTS_OF_MANY),
     )
     for fault in faults
@@ -186,10 +208,14 @@ def small_tiles(monkeypatch):
     """Several blocks a program (two share them) and several chunks: what is added up, is added up more than once."""
     monkeypatch.setattr(launch, "tile", lambda *_: launch.Tile(2, 16, 1))
     monkeypatch.setattr(launch, "many_tile", lambda kernel, n, d: launch.Tile(2 if n <= 8 else 1, 16, 1))
-    weight_sizes = launch.weight_sizes
-    monkeypatch.setattr(launch, "weight_sizes", lambda *a: weight_sizes(*a) | {"BR": 4})
-    finish_sizes = launch.finish_sizes
-    monkeypatch.setattr(launch, "finish_sizes", lambda *a: finish_sizes(*a) | {"BE": 8, "BP": 1, "BS": 1})
+    monkeypatch.setattr(launch, "stretch", lambda *_: launch.Stretch(8, 16, 1, 1, 1))  # 2½ stretches, or more
+    for name in ("coefficients_gradient_sizes", "norm_gradient_sizes", "projections_gradient_sizes"):
+        monkeypatch.setattr(launch, name, smaller(getattr(launch, name), BE=8, BC=8, BP=1, BS=1))
+
+
+def smaller(sizes, **blocks):
+    """The same with these sizes, where it has them."""
+    return lambda *a: {k: blocks.get(k, v) for k, v in sizes(*a).items()}
 
 
 def walk(monkeypatch):
@@ -234,10 +260,16 @@ def chunks(monkeypatch):
     monkeypatch.setattr(launch, "LONGEST_GROUP", 32)
 
 
-@pytest.mark.parametrize("way", ["walks", "rows", "tiles", "large tiles", "many", "chunks"])
+WAYS = {
+    "walks": CASE, "rows": CASE, "chunks": CASE, "pieces": CASE_OF_PIECES, "tiles": CASE_OF_TILES,
+    "large tiles": CASE_OF_LARGE_TILES, "many": CASE_OF_MANY,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_without_a_fault_nothing_is_wrong(tmp_path, monkeypatch, small_tiles, wanted, way):
     load_kernels(tmp_path, None, monkeypatch)
-    case = {"many": CASE_OF_MANY, "tiles": CASE_OF_TILES, "large tiles": CASE_OF_LARGE_TILES}.get(way, CASE)
+    case = WAYS[way]
     if way in ("walks", "chunks"):
         {"walks": walk, "chunks": chunks}[way](monkeypatch)
     assert errors(values.two_sublayers(fused, *case), wanted[case], case) == set()
