@@ -184,7 +184,9 @@ def build(job: Job) -> Build:
         constants |= {"DYNAMIC": job.dynamic, "NORM": job.norm, "ADD": True}
     if gpu.backend == "hip":
         constants["PREC"] = "ieee"
-    options = {k: constants.pop(k) for k in ("num_warps", "num_stages") if k in constants}
+    options = {k: constants.pop(k) for k in ("num_warps", "num_stages", "maxnreg") if k in constants}
+    if gpu.backend == "hip":
+        options.pop("maxnreg", None)  # which is NVIDIA's
     constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
     states = STATES | ({"E", "next_E", "E_read", "E_write"} if launch.e_dtype(job.m, job.n, dtype) == dtype else set())
     if family == "many_" or (job.kernel == "projections" and launch.is_split(job.n, dtype)):

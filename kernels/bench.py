@@ -200,9 +200,10 @@ class Bench:
             found.append(1e3 * start.elapsed_time(end))
         return quartiles(found) | {"python_us": statistics.median(python)} | ({"late": True} if late else {})
 
-    def free(self) -> None:
+    def free(self, compiled: bool = True) -> None:
         """Give memory back between tasks. What torch.compile has made is freed by the collector alone."""
-        gc.collect()
+        if compiled:
+            gc.collect()
         if not self.dry:
             with contextlib.suppress(RuntimeError):  # after a fault of the GPU, which `why_stop` tells
                 torch.cuda.empty_cache()
@@ -292,10 +293,12 @@ def tasks(dry: bool) -> list[Task]:
     D, length, first, parts = (1024, 2048, 4096), (16_384,), SHAPES[:3], ("width", "depth")
     return [
         *some("fused", OPS, SHAPES, D, length),
-        *some("reference", OPS[:3], first, D, length),
         *some("compiled", ["step"], first, D, length),
-        *some("package", OPS[:3], [(1, 4)], D, length),
+        *some("reference", ["step"], first, D, length),
+        *some("package", ["step"], [(1, 4)], D, length),
         *some("package compiled", ["step"], [(1, 4)], D, length),
+        *some("reference", parts, first, D, length),
+        *some("package", parts, [(1, 4)], D, length),
         *some("fused", ["step"], SHAPES, D, (8_192, 32_768, 65_536)),
         *some("reference", OPS, SHAPES[3:], D, length),
         *some("compiled", parts, first, D, length),
@@ -432,7 +435,9 @@ def work(t: Task, bench: Bench) -> Work:
 
 def run_task(t: Task, bench: Bench) -> list[dict]:
     """Two rows, forward and backward."""
-    torch._dynamo.reset()  # shapes are static: without this, the ninth of them would run eagerly
+    compiled = t.implementation.endswith("compiled") or t.implementation == "max-autotune"
+    if compiled:
+        torch._dynamo.reset()  # shapes are static: without this, the ninth of them would run eagerly
     head = t._asdict() | {"dtype": str(bench.dtype).removeprefix("torch.")}
     rows = [head | {"direction": direction} | _model(t, direction, bench) for direction in DIRECTIONS]
 
@@ -460,7 +465,7 @@ def run_task(t: Task, bench: Bench) -> list[dict]:
         return bench.times(gradients_wanted, lambda state: torch.autograd.grad(state[0], inputs, state[1]))
 
     rows = [attempt(row, lambda row=row: measure(row["direction"])) for row in rows]
-    bench.free()
+    bench.free(compiled)
     for row in rows:
         taken = row.get("median_us")
         known = taken is not None and bench.copy_rate is not None
@@ -621,13 +626,14 @@ def models(bench: Bench) -> list[Model]:
         plain = Model("plain", None, None, 16, 2, 1, 4)
         return [plain, plain._replace(way="fused", m=2, n=3, layers=1), plain._replace(way="compiled", m=2, n=3)]
     total = torch.cuda.get_device_properties(bench.device).total_memory
+    sizes = [(D, 8, fitting_batch(D, 2048, 8, total), 2048) for D in (4096, 2048, 1024)]
+    shapes = [(2, 3), (4, 8), (4, 16), (8, 64)]
     found = []
-    for D in (4096, 2048, 1024):
-        size = (D, 8, fitting_batch(D, 2048, 8, total), 2048)
-        shapes = [(2, 3), (4, 8), (4, 16), (8, 64)]
-        vwn = [Model(way, *shape, *size) for way in WAYS for shape in shapes]
-        found += [Model("plain", None, None, *size), *vwn, Model("plain", None, None, *size)]
-    return sorted(found, key=lambda t: t.way in ("reference", "compiled"))  # stable: all D by our kernels first
+    for size in sizes:
+        plain = Model("plain", None, None, *size)
+        found += [plain, *(Model("fused", *shape, *size) for shape in shapes), plain]
+    # then what they are compared with, and the smallest first: most of it that way
+    return found + [Model(way, *shape, *size) for size in sizes[::-1] for way in WAYS[1:] for shape in shapes]
 
 
 def predicted_ratio(t: Model, plain_us: float | None, bench: Bench) -> float | None:
@@ -663,12 +669,12 @@ def run_model(t: Model, bench: Bench) -> dict:
         draw, step = train_step(model, t, bench)
         if bench.dry:
             return bench.times(draw, step) | {"peak_bytes": None, "graphs": _graphs()}
-        for _ in range(3):
+        for _ in range(2):
             step(draw())
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         found = []
-        for _ in range(7):
+        for _ in range(5):
             tokens = draw()
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             torch.cuda.synchronize()

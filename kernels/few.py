@@ -6,7 +6,8 @@ hands the new state on to the next width, and in the backward pass its gradient 
 between. What is left to do are the multiply-and-adds of the formulas, sums over d_b, loads and stores; NOTES.md counts
 the instructions. For which shapes all this is, `whole_rows` in launch.py says.
 
-A program takes every so-many-th token, as many as there are programs, one at a time.
+A program takes every so-many-th token, as many as there are programs, one at a time. Backward, where few warps are on
+a multiprocessor, it reaches for the rows of its next token while it works on one (AHEAD).
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from vwn_ref.kernels.rows import (
     sums,
     touch,
     unpack,
-    untouched,
 )  # fmt: skip
 from vwn_ref.kernels.tiles import tanh
 
@@ -140,28 +140,20 @@ def read(
 @triton.jit(do_not_specialize=["T"])
 def few_width_kernel(
     H, X, V, A, S_alpha, norm_gain, T, eps, norm_eps,
-    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, AHEAD: tl.constexpr, DYNAMIC: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DYNAMIC: tl.constexpr,
     NORM: tl.constexpr,
 ):  # fmt: skip
     """x, or y, of every token."""
     P: tl.constexpr = packed_size(N * M)
     static = read_parameter(A, M, N, P)
     scale = read_parameter(S_alpha, M, N, P) if DYNAMIC else static
-    kept = untouched(H, BD)
     for token in range(tl.program_id(0), T, tl.num_programs(0)):
         t = tl.cast(token, tl.int64)
         h = load_rows(H + t * (N * D), N, D, BD)
-        if AHEAD:
-            next_t = t + tl.num_programs(0)
-            touched = touch(H + next_t * (N * D), T - next_t, N, D, BD)
         C, _, _, _ = coefficients(h, V, static, scale, eps, M, D, BD, P, DYNAMIC)
         x = read(h, C, norm_gain, norm_eps, M, N, D, BD, P, NORM)
         for k in tl.static_range(M):
             store_row(X + t * (M * D), x[k], k, D, BD)
-        if AHEAD:
-            kept = gather(kept, touched)
-    if AHEAD:
-        keep(X, kept, T)
 
 
 @triton.jit
@@ -228,7 +220,7 @@ def few_width_backward_kernel(
     sum_E = tl.zeros((P,), tl.float32)
     sum_ET = tl.zeros((P,), tl.float32)
     norm_sums = norm_partial + program * (M * BD)
-    kept = untouched(H, BD)
+    kept = tl.zeros((BD // 16,), tl.int16)
     for token in range(program, T, tl.num_programs(0)):
         t = tl.cast(token, tl.int64)
         h = load_rows(H + t * (N * D), N, D, BD)
@@ -270,29 +262,20 @@ def write(h, z, C, M: tl.constexpr, N: tl.constexpr, P: tl.constexpr):
 @triton.jit(do_not_specialize=["T"])
 def few_depth_kernel(
     H, Z, OUT, V, A, B, S_alpha, S_beta, T, eps,
-    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, AHEAD: tl.constexpr, DYNAMIC: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DYNAMIC: tl.constexpr,
 ):  # fmt: skip
     """The new state of every token."""
     P: tl.constexpr = packed_size(N * (N + M))
     static = write_parameter(A, B, M, N, P)
     scale = write_parameter(S_alpha, S_beta, M, N, P) if DYNAMIC else static
-    kept = untouched(H, BD)
     for token in range(tl.program_id(0), T, tl.num_programs(0)):
         t = tl.cast(token, tl.int64)
         h = load_rows(H + t * (N * D), N, D, BD)
         z = load_rows(Z + t * (M * D), M, D, BD)
-        if AHEAD:
-            next_t = t + tl.num_programs(0)
-            touched = touch(H + next_t * (N * D), T - next_t, N, D, BD)
-            touched += touch(Z + next_t * (M * D), T - next_t, M, D, BD)
         C, _, _, _ = coefficients(h, V, static, scale, eps, N + M, D, BD, P, DYNAMIC)
         out = write(h, z, C, M, N, P)
         for i in tl.static_range(N):
             store_row(OUT + t * (N * D), out[i], i, D, BD)
-        if AHEAD:
-            kept = gather(kept, touched)
-    if AHEAD:
-        keep(OUT, kept, T)
 
 
 @triton.jit
@@ -342,7 +325,7 @@ def few_depth_backward_kernel(
     scale = write_parameter(S_alpha, S_beta, M, N, P) if DYNAMIC else static
     sum_E = tl.zeros((P,), tl.float32)
     sum_ET = tl.zeros((P,), tl.float32)
-    kept = untouched(H, BD)
+    kept = tl.zeros((BD // 16,), tl.int16)
     for token in range(program, T, tl.num_programs(0)):
         t = tl.cast(token, tl.int64)
         h = load_rows(H + t * (N * D), N, D, BD)
@@ -372,7 +355,7 @@ def few_depth_backward_kernel(
 @triton.jit(do_not_specialize=["T"])
 def few_step_kernel(
     H, Z, OUT, X, V, A, B, S_alpha, S_beta, next_A, next_S, norm_gain, T, eps, next_eps, norm_eps,
-    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, AHEAD: tl.constexpr, DYNAMIC: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DYNAMIC: tl.constexpr,
     NORM: tl.constexpr,
 ):  # fmt: skip
     """The next width reads the new state as it was stored, rounded."""
@@ -382,15 +365,10 @@ def few_step_kernel(
     scale = write_parameter(S_alpha, S_beta, M, N, P) if DYNAMIC else static
     next_static = read_parameter(next_A, M, N, next_P)
     next_scale = read_parameter(next_S, M, N, next_P) if DYNAMIC else next_static
-    kept = untouched(H, BD)
     for token in range(tl.program_id(0), T, tl.num_programs(0)):
         t = tl.cast(token, tl.int64)
         h = load_rows(H + t * (N * D), N, D, BD)
         z = load_rows(Z + t * (M * D), M, D, BD)
-        if AHEAD:
-            next_t = t + tl.num_programs(0)
-            touched = touch(H + next_t * (N * D), T - next_t, N, D, BD)
-            touched += touch(Z + next_t * (M * D), T - next_t, M, D, BD)
         C, _, _, _ = coefficients(h, V, static, scale, eps, N + M, D, BD, P, DYNAMIC)
         new = write(h, z, C, M, N, P)
         out = ()
@@ -402,10 +380,6 @@ def few_step_kernel(
         x = read(out, C, norm_gain, norm_eps, M, N, D, BD, next_P, NORM)
         for k in tl.static_range(M):
             store_row(X + t * (M * D), x[k], k, D, BD)
-        if AHEAD:
-            kept = gather(kept, touched)
-    if AHEAD:
-        keep(OUT, kept, T)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -430,7 +404,7 @@ def few_step_backward_kernel(
     next_sum_E = tl.zeros((next_P,), tl.float32)
     next_sum_ET = tl.zeros((next_P,), tl.float32)
     norm_sums = norm_partial + program * (M * BD)
-    kept = untouched(H, BD)
+    kept = tl.zeros((BD // 16,), tl.int16)
     for token in range(program, T, tl.num_programs(0)):
         t = tl.cast(token, tl.int64)
         h = load_rows(H + t * (N * D), N, D, BD)

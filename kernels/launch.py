@@ -25,7 +25,7 @@ from vwn_ref.kernels.tiles import LEAST_SUM
 from vwn_ref.kernels.weights import weights_kernel
 
 INTERPRETED = type(weights_kernel).__name__ == "InterpretedFunction"
-AHEAD = not INTERPRETED  # whether a program reaches for the rows that it wants next: see `vwn_ref.kernels.many.touch`
+AHEAD = not INTERPRETED  # whether programs may reach for what they want next: see `vwn_ref.kernels.rows.touch`
 KERNELS = {  # by name, without _kernel: those that work on tokens
     name.removesuffix("_kernel"): kernel
     for module in (depth, few, last, many, step, width)
@@ -75,19 +75,18 @@ def is_split(n: int, dtype: torch.dtype) -> bool:
 
 
 def many_tile(kernel: str, n: int, d: int) -> Tile:
-    """For many.py: tokens of a tile, columns of d_b, and a warp for each 16 rows, as tensor cores take them. 64 columns
-    at a time; 32 where a backward pass of few columns does with 64; 128 in a forward pass of more than 32 slots
-    (backward that spills, and `depth` of a single chunk would take 152 kB of shared memory)."""
-    backward, columns = kernel.endswith("backward_kernel"), 64
-    if INTERPRETED or (backward and n <= 16 and d <= 128):
-        columns = 32
-    elif n > 32 and not backward and (d > 128 or kernel != "many_depth_kernel"):
-        columns = 128
-    stages = 2
-    if LEAST_SUM > 8 and (n > 32 if backward else 8 < n <= 16):  # Triton before 3.8 spills more: no loads ahead
-        stages, columns = 1, 32 if backward and d <= 64 else columns
+    """For many.py: tokens of a tile, columns of d_b, and a warp for each 16 rows, as tensor cores take them. Nothing is
+    loaded ahead: through shared memory that takes longer than it saves."""
+    backward = kernel.endswith("backward_kernel")
+    columns = 32 if INTERPRETED else _MANY[backward][_kind(n)][0]
     warps = max(1, next_power_of_2(n) // 16)
-    return Tile(2 if n <= 8 else 1, max(16, min(columns, next_power_of_2(d))), warps, stages)
+    return Tile(2 if n <= 8 else 1, max(16, min(columns, next_power_of_2(d))), warps, 1)
+
+
+def many_registers(kernel: str, n: int) -> int:
+    """How many a thread may have, 0 where there is no other limit than the hardware's."""
+    no_limit = INTERPRETED or torch.version.hip
+    return 0 if no_limit else _MANY[kernel.endswith("backward_kernel")][_kind(n)][1]
 
 
 def tile(kernel: str, m: int, n: int, d: int, bits: int) -> Tile:
@@ -114,6 +113,13 @@ def _kind(n: int) -> int:
     return 0 if not is_many(n) else 1 if n <= 8 else 2 if n <= 16 else 3
 
 
+_DROP = False  # whether the cache is told what need not stay there
+# Backward or not -> for n ≤ 8, n ≤ 16, more: columns at a time, registers of a thread, and warps on a multiprocessor.
+# Fewer registers let more programs run at once. By time on an H200.
+_MANY = {
+    False: {1: (64, 0, 64), 2: (64, 128, 64), 3: (128, 168, 64)},
+    True: {1: (64, 0, 8), 2: (64, 0, 8), 3: (64, 0, 8)},
+}
 # (kernel, bits of the state) -> for n ≤ 4, n ≤ 8, n ≤ 16, more. Tiles that do not spill on an H100 and load at least a
 # chunk ahead, where there is one that does both; of these, those with the fewest instructions a token: see NOTES.md.
 _TILES = {
@@ -163,16 +169,22 @@ def sizes(kernel: str, m: int, n: int, d: int, dtype: torch.dtype) -> dict:
     if kernel.startswith("group_norm"):
         return group_sizes(m, n, d)
     if kernel.startswith("few_"):
-        warps = whole_rows(m, n, d, 8 * dtype.itemsize, kernel.endswith("backward_kernel"))
-        return {"M": m, "N": n, "D": d, "BD": max(32, next_power_of_2(d)), "AHEAD": AHEAD, "num_warps": warps}
+        backward = kernel.endswith("backward_kernel")
+        warps = whole_rows(m, n, d, 8 * dtype.itemsize, backward)
+        # by time on an H200: `depth_backward` gains up to 28 %, a step of four warps loses 2 %
+        ahead = AHEAD and dtype.itemsize == 2 and ("step" not in kernel or warps <= 2)
+        found = {"M": m, "N": n, "D": d, "BD": max(32, next_power_of_2(d)), "num_warps": warps}
+        return found | ({"AHEAD": ahead} if backward else {})
     if kernel.startswith("many_"):
         PER, BD, num_warps, num_stages = many_tile(kernel, n, d)
         reads = "width" in kernel or "step" in kernel
         exact = {"PREC": precision(torch.float32)} if reads else {}  # of the one product that has to be
         exact |= {"GRAM": n <= 32} if reads and not kernel.endswith("backward_kernel") else {}
+        registers = many_registers(kernel, n)
+        exact |= {"maxnreg": registers} if registers else {}
+        exact |= {"DROP": _DROP} if kernel.endswith("backward_kernel") else {}
         return exact | {
-            "M": m, "N": n, "D": d, "AHEAD": AHEAD, "PER": PER, "BD": BD, "num_warps": num_warps,
-            "num_stages": num_stages,
+            "M": m, "N": n, "D": d, "PER": PER, "BD": BD, "num_warps": num_warps, "num_stages": num_stages,
             "MP": max(16, PER * next_power_of_2(m)), "NP": max(16, next_power_of_2(n)),
         }  # fmt: skip
     BT, BD, num_warps, num_stages = tile(kernel, m, n, d, 8 * dtype.itemsize)
@@ -207,7 +219,7 @@ class Stretch(NamedTuple):
 # from thread to thread, so 64 columns would be few. A multiprocessor has some hundred kB of loads under way. All
 # programs run at the same time; more of them would leave more sums.
 _STRETCHES = (
-    Stretch(64, 128, 4, 3, 3), Stretch(64, 128, 4, 4, 2), Stretch(64, 128, 4, 4, 2), Stretch(64, 128, 4, 3, 2)
+    Stretch(64, 256, 8, 3, 2), Stretch(64, 128, 4, 4, 2), Stretch(64, 128, 4, 4, 2), Stretch(64, 128, 8, 4, 1)
 )  # fmt: skip
 
 
@@ -301,6 +313,8 @@ class Launch:
         """How many programs share the tokens (those of a group, where a program has one), and leave a partial sum each,
         in a backward pass; no more than tokens, since each has at least one. Eight warps are all that fit a
         multiprocessor with 255 registers a thread; those of last.py take half of that."""
+        if self.kernel(name).__name__.startswith("many_"):
+            return self._share(name, _MANY[True][_kind(self.n)][2])
         return self._share(name, 16 if name == "group_norm_backward" else 8)
 
     def _share(self, name: str, warps: int) -> int:

@@ -47,10 +47,12 @@ def place(c, left, R: tl.constexpr, D: tl.constexpr, RP: tl.constexpr, PER: tl.c
 
 
 @triton.jit
-def load_rows(pointer, c, left, R: tl.constexpr, D: tl.constexpr, RP: tl.constexpr, PER: tl.constexpr):
-    """X [RP, BD]."""
+def load_rows(
+    pointer, c, left, R: tl.constexpr, D: tl.constexpr, RP: tl.constexpr, PER: tl.constexpr, DROP: tl.constexpr = False
+):  # fmt: skip
+    """X [RP, BD]. DROP: the cache need not keep them."""
     offsets, inside = place(c, left, R, D, RP, PER)
-    return tl.load(pointer + offsets, mask=inside, other=0.0)
+    return tl.load(pointer + offsets, mask=inside, other=0.0, eviction_policy="evict_first" if DROP else "")
 
 
 @triton.jit
@@ -58,30 +60,6 @@ def store_rows(pointer, X, c, left, R: tl.constexpr, D: tl.constexpr, RP: tl.con
     """The inverse; rounds to the type of the memory."""
     offsets, inside = place(c, left, R, D, RP, PER)
     tl.store(pointer + offsets, X.to(pointer.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def touch(
-    pointer, start, left, R: tl.constexpr, D: tl.constexpr, RP: tl.constexpr, BD: tl.constexpr, PER: tl.constexpr
-):  # fmt: skip
-    """Of BD columns from `start` on, in rows of a tile that comes later, one number in every 32 bytes: [RP, BD / 16].
-    Then all of them are in the cache when they are wanted. See `untouched`."""
-    offsets, inside = place(start + 16 * tl.arange(0, BD // 16), left, R, D, RP, PER)
-    x = tl.load(pointer + offsets, mask=inside & (left > offsets * 0), other=0.0)
-    return x.to(tl.int16, bitcast=True)
-
-
-@triton.jit
-def untouched(RP: tl.constexpr, BD: tl.constexpr):
-    """Where `touch`ed numbers are kept, so that the compiler does not leave out their loads. `keep` them at the end."""
-    return tl.zeros((RP, BD // 16), tl.int16)
-
-
-@triton.jit
-def keep(pointer, kept, T):
-    """Nothing, since no T is negative: but that the compiler does not know."""
-    i, k = tl.arange(0, kept.shape[0])[:, None], tl.arange(0, kept.shape[1])[None, :]
-    tl.store(pointer + i + k, kept.to(tl.bfloat16, bitcast=True), mask=i * 0 > T)
 
 
 @triton.jit
@@ -293,11 +271,11 @@ def read_rows(
 
 @triton.jit
 def write_matrices(
-    H, next_H, kept, left, next_left, V, A, B, S_alpha, S_beta, eps,
+    H, left, V, A, B, S_alpha, S_beta, eps,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
-    PER: tl.constexpr, AHEAD: tl.constexpr, DYNAMIC: tl.constexpr,
+    PER: tl.constexpr, DYNAMIC: tl.constexpr,
 ):  # fmt: skip
-    """Âᵀ [NP, NP] and Bᵀ [NP, MP]; the rows at next_H are `touch`ed."""
+    """Âᵀ [NP, NP] and Bᵀ [NP, MP]."""
     p_carry = tl.zeros((NP, NP), tl.float32)
     p_write = tl.zeros((NP, MP), tl.float32)
     square = tl.zeros((NP,), tl.float32)
@@ -308,12 +286,10 @@ def write_matrices(
             square += squares(h)
             p_carry = project(p_carry, h, V, c, 0, N, D, PER)
             p_write = project(p_write, h, V, c, N, M, D, PER)
-            if AHEAD:
-                kept |= touch(next_H, start, next_left, N, D, NP, BD, PER)
     rstd = inverse_root(square, D, eps)
     write = coefficients(p_write, rstd, B, S_beta, 1, N, N, M, PER, DYNAMIC)  # B is [m, n], so transposed
     carry = coefficients(p_carry, rstd, A + M, S_alpha + M, M + N, 1, N, N, PER, DYNAMIC)
-    return tl.trans(carry), write, kept
+    return tl.trans(carry), write
 
 
 @triton.jit
@@ -330,12 +306,10 @@ def write_chunk(
 def many_width_kernel(
     H, X, V, A, S_alpha, norm_gain, T, eps, norm_eps,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
-    PER: tl.constexpr, GRAM: tl.constexpr, PREC: tl.constexpr, AHEAD: tl.constexpr, DYNAMIC: tl.constexpr,
+    PER: tl.constexpr, GRAM: tl.constexpr, PREC: tl.constexpr, DYNAMIC: tl.constexpr,
     NORM: tl.constexpr,
 ):  # fmt: skip
     """x, or its norm y, of every token."""
-    next_t = tl.cast(tl.num_programs(0), tl.int64) * PER  # from a tile to the program's next one
-    kept = untouched(NP, BD)
     for tile in tl.range(tl.program_id(0), tl.cdiv(T, PER), tl.num_programs(0), disable_licm=True):
         t = tl.cast(tile, tl.int64) * PER
         left = T - tile * PER
@@ -348,61 +322,46 @@ def many_width_kernel(
                 total = add_squares(total, h, GRAM)
                 if DYNAMIC:
                     p = project(p, h, V, c, 0, M, D, PER)
-                if AHEAD:
-                    kept |= touch(H + (t + next_t) * (N * D), start, left - next_t, N, D, NP, BD, PER)
         Ct = read_matrix(
             H + t * (N * D), left, p, total, A, S_alpha, eps, norm_eps,
             M, N, D, MP, NP, BD, PER, GRAM, PREC, DYNAMIC, NORM,
         )  # fmt: skip
         read_rows(H + t * (N * D), X + t * (M * D), left, Ct, norm_gain, M, N, D, MP, NP, BD, PER, NORM)
-    if AHEAD:
-        keep(X, kept, T)
 
 
 @triton.jit(do_not_specialize=["T"])
 def many_depth_kernel(
     H, Z, OUT, V, A, B, S_alpha, S_beta, T, eps,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
-    PER: tl.constexpr, AHEAD: tl.constexpr, DYNAMIC: tl.constexpr,
+    PER: tl.constexpr, DYNAMIC: tl.constexpr,
 ):  # fmt: skip
     """The new state of every token."""
-    next_t = tl.cast(tl.num_programs(0), tl.int64) * PER
-    kept, kept_z = untouched(NP, BD), untouched(MP, BD)
     for tile in tl.range(tl.program_id(0), tl.cdiv(T, PER), tl.num_programs(0), disable_licm=True):
         t = tl.cast(tile, tl.int64) * PER
         left = T - tile * PER
-        carry_t, write, kept = write_matrices(
-            H + t * (N * D), H + (t + next_t) * (N * D), kept, left, left - next_t, V, A, B, S_alpha, S_beta, eps,
-            M, N, D, MP, NP, BD, PER, AHEAD, DYNAMIC,
+        carry_t, write = write_matrices(
+            H + t * (N * D), left, V, A, B, S_alpha, S_beta, eps, M, N, D, MP, NP, BD, PER, DYNAMIC
         )  # fmt: skip
         for start in range(0, D, BD):
             c = start + tl.arange(0, BD)
             out = write_chunk(H + t * (N * D), Z + t * (M * D), carry_t, write, c, left, M, N, D, MP, NP, PER)
             store_rows(OUT + t * (N * D), out, c, left, N, D, NP, PER)
-            if AHEAD:
-                kept_z |= touch(Z + (t + next_t) * (M * D), start, left - next_t, M, D, MP, BD, PER)
-    if AHEAD:
-        keep(OUT, kept, T)
-        keep(OUT, kept_z, T)
 
 
 @triton.jit(do_not_specialize=["T"])
 def many_step_kernel(
     H, Z, OUT, X, V, A, B, S_alpha, S_beta, next_A, next_S, norm_gain, T, eps, next_eps, norm_eps,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
-    PER: tl.constexpr, GRAM: tl.constexpr, PREC: tl.constexpr, AHEAD: tl.constexpr, DYNAMIC: tl.constexpr,
+    PER: tl.constexpr, GRAM: tl.constexpr, PREC: tl.constexpr, DYNAMIC: tl.constexpr,
     NORM: tl.constexpr,
 ):  # fmt: skip
     """Both, of one tile of tokens after the other. What the next GHC wants of the new state is summed up as that is
     made."""
-    next_t = tl.cast(tl.num_programs(0), tl.int64) * PER
-    kept, kept_z = untouched(NP, BD), untouched(MP, BD)
     for tile in tl.range(tl.program_id(0), tl.cdiv(T, PER), tl.num_programs(0), disable_licm=True):
         t = tl.cast(tile, tl.int64) * PER
         left = T - tile * PER
-        carry_t, write, kept = write_matrices(
-            H + t * (N * D), H + (t + next_t) * (N * D), kept, left, left - next_t, V, A, B, S_alpha, S_beta, eps,
-            M, N, D, MP, NP, BD, PER, AHEAD, DYNAMIC,
+        carry_t, write = write_matrices(
+            H + t * (N * D), left, V, A, B, S_alpha, S_beta, eps, M, N, D, MP, NP, BD, PER, DYNAMIC
         )  # fmt: skip
         p = tl.zeros((NP, MP), tl.float32)
         total = no_squares(NP, GRAM)
@@ -414,17 +373,12 @@ def many_step_kernel(
                 total = add_squares(total, out, GRAM)
             if DYNAMIC:
                 p = project(p, out, V, c, N + M, M, D, PER)
-            if AHEAD:
-                kept_z |= touch(Z + (t + next_t) * (M * D), start, left - next_t, M, D, MP, BD, PER)
         tl.debug_barrier()  # the rows that other threads of this program wrote are read from here on
         Ct = read_matrix(
             OUT + t * (N * D), left, p, total, next_A, next_S, next_eps, norm_eps,
             M, N, D, MP, NP, BD, PER, GRAM, PREC, DYNAMIC, NORM,
         )  # fmt: skip
         read_rows(OUT + t * (N * D), X + t * (M * D), left, Ct, norm_gain, M, N, D, MP, NP, BD, PER, NORM)
-    if AHEAD:
-        keep(OUT, kept, T)
-        keep(OUT, kept_z, T)
 
 
 # ----------------------------------------------------------------------------------------------------- backward
@@ -456,12 +410,11 @@ def coefficients_backward(
 
 @triton.jit
 def read_matrices_backward(
-    H, G, next_H, next_G, kept, E, own, left, next_left, V, A, S_alpha, norm_gain, eps, norm_eps,
+    H, G, E, own, left, V, A, S_alpha, norm_gain, eps, norm_eps,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
-    PER: tl.constexpr, PREC: tl.constexpr, AHEAD: tl.constexpr, DYNAMIC: tl.constexpr, NORM: tl.constexpr,
+    PER: tl.constexpr, PREC: tl.constexpr, DYNAMIC: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """(Å, e and what `read_chunk_backward` takes with it), and `kept` of the rows at next_H and next_G; ∂L/∂Å and
-    ∂L/∂Å ∘ tanh are added to `own`.
+    """Å, e and what `read_chunk_backward` takes with it; ∂L/∂Å and ∂L/∂Å ∘ tanh are added to `own`.
 
     With H′ H′ᵀ nothing of x is needed before Å is known: H′ xᵀ = (H′ H′ᵀ) Å, and Σ x² and Σ x ∘ g are the sums of
     Å ∘ (H′ xᵀ) and Å ∘ (H′ gᵀ).
@@ -469,14 +422,10 @@ def read_matrices_backward(
     p = tl.zeros((NP, MP), tl.float32)
     dC = tl.zeros((NP, MP), tl.float32)
     gram = tl.zeros((NP, NP), tl.float32)
-    kept_h, kept_g = kept
     for start in range(0, D, BD):
         c = start + tl.arange(0, BD)
         h = load_rows(H, c, left, N, D, NP, PER)
         g = load_rows(G, c, left, M, D, MP, PER)
-        if AHEAD:
-            kept_h |= touch(next_H, start, next_left, N, D, NP, BD, PER)
-            kept_g |= touch(next_G, start, next_left, M, D, MP, BD, PER)
         if NORM:
             g = rounded(g.to(tl.float32) * load_gain(norm_gain, c, M, D, MP, PER))
         dC = add_product(dC, h, tl.trans(g))
@@ -504,22 +453,22 @@ def read_matrices_backward(
         pull = tl.sum(e * p, axis=1) * rstd * rstd / D
         e = e.to(E.dtype.element_ty)
         store_matrix(E, e, left, N, M, M, PER)
-        return (C, e.to(tl.bfloat16), pull, rstd_x, pull_x), (kept_h, kept_g)
+        return C, e.to(tl.bfloat16), pull, rstd_x, pull_x
     else:
-        return (C, C, rstd, rstd_x, pull_x), (kept_h, kept_g)
+        return C, C, rstd, rstd_x, pull_x
 
 
 @triton.jit
 def read_chunk_backward(
     H, G, G_add, norm_own, V, norm_gain, found, c, left,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, PER: tl.constexpr,
-    DYNAMIC: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr,
+    DROP: tl.constexpr, DYNAMIC: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """Columns `c` of g_H′, plus those of G_add, what else flows into H′, rounded as they are stored. ∂L/∂γ is added to
     `norm_own`. `found`: by `read_matrices_backward`."""
     C, e, pull, rstd_x, pull_x = found
-    h = load_rows(H, c, left, N, D, NP, PER)
-    g = load_rows(G, c, left, M, D, MP, PER)
+    h = load_rows(H, c, left, N, D, NP, PER, DROP)
+    g = load_rows(G, c, left, M, D, MP, PER, DROP)
     if NORM:
         x = product(tl.trans(C), h)
         g = g.to(tl.float32)
@@ -529,7 +478,7 @@ def read_chunk_backward(
     if DYNAMIC:
         g_h = spread(g_h, e, V, c, 0, M, D, PER) - pull[:, None] * h.to(tl.float32)
     if ADD:
-        g_h += load_rows(G_add, c, left, N, D, NP, PER).to(tl.float32)
+        g_h += load_rows(G_add, c, left, N, D, NP, PER, DROP).to(tl.float32)
     return g_h.to(H.dtype.element_ty)
 
 
@@ -545,7 +494,7 @@ def no_sums(MP: tl.constexpr, NP: tl.constexpr):
 def add_sums(
     sums, H, Z, g, V, c, left,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, PER: tl.constexpr,
-    DYNAMIC: tl.constexpr,
+    DROP: tl.constexpr, DYNAMIC: tl.constexpr,
 ):  # fmt: skip
     """With the columns `c` added: ∂L/∂Â = H′ gᵀ, ∂L/∂Bᵀ = g zᵀ, H′ Vᵀ of both, and Σ h²."""
     d_carry, d_write, p_carry, p_write, square = sums
@@ -555,7 +504,7 @@ def add_sums(
         p_carry = project(p_carry, h, V, c, 0, N, D, PER)
         p_write = project(p_write, h, V, c, N, M, D, PER)
     d_carry = add_product(d_carry, h, tl.trans(g))
-    d_write = add_product(d_write, g, tl.trans(load_rows(Z, c, left, M, D, MP, PER)))
+    d_write = add_product(d_write, g, tl.trans(load_rows(Z, c, left, M, D, MP, PER, DROP)))
     return d_carry, d_write, p_carry, p_write, square
 
 
@@ -563,7 +512,7 @@ def add_sums(
 def write_backward(
     sums, H, G, G_H, G_Z, E, own, left, V, A, B, S_alpha, S_beta, eps,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
-    PER: tl.constexpr, DYNAMIC: tl.constexpr,
+    PER: tl.constexpr, DROP: tl.constexpr, DYNAMIC: tl.constexpr,
 ):  # fmt: skip
     """g_H′, g_z and e; ∂L/∂C and ∂L/∂C ∘ tanh, of Â and of Bᵀ, are added to `own`."""
     K: tl.constexpr = N + M
@@ -580,13 +529,13 @@ def write_backward(
     write_t = tl.trans(write)
     for start in range(0, D, BD):
         c = start + tl.arange(0, BD)
-        g = load_rows(G, c, left, N, D, NP, PER)
+        g = load_rows(G, c, left, N, D, NP, PER, DROP)
         store_rows(G_Z, product(write_t, g), c, left, M, D, MP, PER)
         g_h = product(carry, g)
         if DYNAMIC:
             g_h = spread(g_h, e_carry, V, c, 0, N, D, PER)
             g_h = spread(g_h, e_write, V, c, N, M, D, PER)
-            g_h -= pull[:, None] * load_rows(H, c, left, N, D, NP, PER).to(tl.float32)
+            g_h -= pull[:, None] * load_rows(H, c, left, N, D, NP, PER, DROP).to(tl.float32)
         store_rows(G_H, g_h, c, left, N, D, NP, PER)
 
 
@@ -594,43 +543,35 @@ def write_backward(
 def many_width_backward_kernel(
     H, G, G_add, G_H, E, partial, norm_partial, V, A, S_alpha, norm_gain, T, eps, norm_eps,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
-    PER: tl.constexpr, PREC: tl.constexpr, AHEAD: tl.constexpr, DYNAMIC: tl.constexpr, NORM: tl.constexpr,
+    PER: tl.constexpr, PREC: tl.constexpr, DROP: tl.constexpr, DYNAMIC: tl.constexpr, NORM: tl.constexpr,
     ADD: tl.constexpr,
 ):  # fmt: skip
     """Program p adds its sums over tokens up in partial[p]: [PER, 2, n, m], zeros before."""
     program = tl.program_id(0)
-    next_t = tl.cast(tl.num_programs(0), tl.int64) * PER
-    kept = untouched(NP, BD), untouched(MP, BD)
     for tile in tl.range(program, tl.cdiv(T, PER), tl.num_programs(0), disable_licm=True):
         t = tl.cast(tile, tl.int64) * PER
         left = T - tile * PER
-        found, kept = read_matrices_backward(
-            H + t * (N * D), G + t * (M * D), H + (t + next_t) * (N * D), G + (t + next_t) * (M * D), kept,
-            E + t * (N * M), partial + program * (PER * 2 * N * M), left, left - next_t, V, A, S_alpha, norm_gain,
-            eps, norm_eps, M, N, D, MP, NP, BD, PER, PREC, AHEAD, DYNAMIC, NORM,
+        found = read_matrices_backward(
+            H + t * (N * D), G + t * (M * D), E + t * (N * M), partial + program * (PER * 2 * N * M), left, V, A,
+            S_alpha, norm_gain, eps, norm_eps, M, N, D, MP, NP, BD, PER, PREC, DYNAMIC, NORM,
         )  # fmt: skip
         for start in range(0, D, BD):
             c = start + tl.arange(0, BD)
             g_h = read_chunk_backward(
                 H + t * (N * D), G + t * (M * D), G_add + t * (N * D), norm_partial + program * (M * D), V, norm_gain,
-                found, c, left, M, N, D, MP, NP, PER, DYNAMIC, NORM, ADD,
+                found, c, left, M, N, D, MP, NP, PER, DROP, DYNAMIC, NORM, ADD,
             )  # fmt: skip
             store_rows(G_H + t * (N * D), g_h, c, left, N, D, NP, PER)
-    if AHEAD:
-        keep(G_H, kept[0], T)
-        keep(G_H, kept[1], T)
 
 
 @triton.jit(do_not_specialize=["T"])
 def many_depth_backward_kernel(
     H, Z, G, G_H, G_Z, E, partial, V, A, B, S_alpha, S_beta, T, eps,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
-    PER: tl.constexpr, AHEAD: tl.constexpr, DYNAMIC: tl.constexpr,
+    PER: tl.constexpr, DROP: tl.constexpr, DYNAMIC: tl.constexpr,
 ):  # fmt: skip
     """The same with [PER, 2, n, n+m]: columns of Â before those of Bᵀ."""
     program = tl.program_id(0)
-    next_t = tl.cast(tl.num_programs(0), tl.int64) * PER
-    kept_h, kept_g, kept_z = untouched(NP, BD), untouched(NP, BD), untouched(MP, BD)
     for tile in tl.range(program, tl.cdiv(T, PER), tl.num_programs(0), disable_licm=True):
         t = tl.cast(tile, tl.int64) * PER
         left = T - tile * PER
@@ -638,20 +579,12 @@ def many_depth_backward_kernel(
         for start in range(0, D, BD):
             c = start + tl.arange(0, BD)
             g = load_rows(G + t * (N * D), c, left, N, D, NP, PER)
-            sums = add_sums(sums, H + t * (N * D), Z + t * (M * D), g, V, c, left, M, N, D, MP, NP, PER, DYNAMIC)
-            if AHEAD:
-                kept_h |= touch(H + (t + next_t) * (N * D), start, left - next_t, N, D, NP, BD, PER)
-                kept_g |= touch(G + (t + next_t) * (N * D), start, left - next_t, N, D, NP, BD, PER)
-                kept_z |= touch(Z + (t + next_t) * (M * D), start, left - next_t, M, D, MP, BD, PER)
+            sums = add_sums(sums, H + t * (N * D), Z + t * (M * D), g, V, c, left, M, N, D, MP, NP, PER, DROP, DYNAMIC)
         write_backward(
             sums, H + t * (N * D), G + t * (N * D), G_H + t * (N * D), G_Z + t * (M * D), E + t * (N * (N + M)),
             partial + program * (PER * 2 * N * (N + M)), left, V, A, B, S_alpha, S_beta, eps,
-            M, N, D, MP, NP, BD, PER, DYNAMIC,
+            M, N, D, MP, NP, BD, PER, DROP, DYNAMIC,
         )  # fmt: skip
-    if AHEAD:
-        keep(G_H, kept_h, T)
-        keep(G_H, kept_g, T)
-        keep(G_H, kept_z, T)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -659,47 +592,34 @@ def many_step_backward_kernel(
     H, Z, OUT, G_OUT, G_X, G_H, G_Z, E, next_E, partial, next_partial, norm_partial, between, V,
     A, B, S_alpha, S_beta, next_A, next_S, norm_gain, T, eps, next_eps, norm_eps,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
-    PER: tl.constexpr, PREC: tl.constexpr, AHEAD: tl.constexpr, DYNAMIC: tl.constexpr, NORM: tl.constexpr,
+    PER: tl.constexpr, PREC: tl.constexpr, DROP: tl.constexpr, DYNAMIC: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the state between is used as soon as it is made, and again later: meanwhile it is in
     [PER, n, d_b] of memory of the program's own, which should stay in the cache."""
     program = tl.program_id(0)
     between += tl.cast(program, tl.int64) * (PER * N * D)
-    next_t = tl.cast(tl.num_programs(0), tl.int64) * PER
-    kept = untouched(NP, BD), untouched(MP, BD)
-    kept_h, kept_g, kept_z = untouched(NP, BD), untouched(NP, BD), untouched(MP, BD)
     for tile in tl.range(program, tl.cdiv(T, PER), tl.num_programs(0), disable_licm=True):
         t = tl.cast(tile, tl.int64) * PER
         left = T - tile * PER
         next_V = V + (N + M) * D
-        found, kept = read_matrices_backward(
-            OUT + t * (N * D), G_X + t * (M * D), OUT + (t + next_t) * (N * D), G_X + (t + next_t) * (M * D), kept,
-            next_E + t * (N * M), next_partial + program * (PER * 2 * N * M), left, left - next_t, next_V, next_A,
-            next_S, norm_gain, next_eps, norm_eps, M, N, D, MP, NP, BD, PER, PREC, AHEAD, DYNAMIC, NORM,
+        found = read_matrices_backward(
+            OUT + t * (N * D), G_X + t * (M * D), next_E + t * (N * M), next_partial + program * (PER * 2 * N * M),
+            left, next_V, next_A, next_S, norm_gain, next_eps, norm_eps,
+            M, N, D, MP, NP, BD, PER, PREC, DYNAMIC, NORM,
         )  # fmt: skip
         sums = no_sums(MP, NP)
         for start in range(0, D, BD):
             c = start + tl.arange(0, BD)
             g = read_chunk_backward(
                 OUT + t * (N * D), G_X + t * (M * D), G_OUT + t * (N * D), norm_partial + program * (M * D), next_V,
-                norm_gain, found, c, left, M, N, D, MP, NP, PER, DYNAMIC, NORM, True,
+                norm_gain, found, c, left, M, N, D, MP, NP, PER, DROP, DYNAMIC, NORM, True,
             )  # fmt: skip
             store_rows(between, g, c, left, N, D, NP, PER)
-            sums = add_sums(sums, H + t * (N * D), Z + t * (M * D), g, V, c, left, M, N, D, MP, NP, PER, DYNAMIC)
-            if AHEAD:
-                kept_h |= touch(H + (t + next_t) * (N * D), start, left - next_t, N, D, NP, BD, PER)
-                kept_g |= touch(G_OUT + (t + next_t) * (N * D), start, left - next_t, N, D, NP, BD, PER)
-                kept_z |= touch(Z + (t + next_t) * (M * D), start, left - next_t, M, D, MP, BD, PER)
+            sums = add_sums(sums, H + t * (N * D), Z + t * (M * D), g, V, c, left, M, N, D, MP, NP, PER, DROP, DYNAMIC)
         tl.debug_barrier()  # what other threads wrote is read from here on
         write_backward(
             sums, H + t * (N * D), between, G_H + t * (N * D), G_Z + t * (M * D), E + t * (N * (N + M)),
             partial + program * (PER * 2 * N * (N + M)), left, V, A, B, S_alpha, S_beta, eps,
-            M, N, D, MP, NP, BD, PER, DYNAMIC,
+            M, N, D, MP, NP, BD, PER, DROP, DYNAMIC,
         )  # fmt: skip
         tl.debug_barrier()  # and written again
-    if AHEAD:
-        keep(G_H, kept[0], T)
-        keep(G_H, kept[1], T)
-        keep(G_H, kept_h, T)
-        keep(G_H, kept_g, T)
-        keep(G_H, kept_z, T)

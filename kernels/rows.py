@@ -49,14 +49,14 @@ def store_row(pointer, row, i, D: tl.constexpr, BD: tl.constexpr):
 
 @triton.jit
 def touch(pointer, left, R: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
-    """Of each of R rows that come later one number in every 32 bytes: then all of them are in the cache when they are
-    wanted. `gather` and `keep` see to it that the compiler does not leave out these loads."""
-    EACH: tl.constexpr = 256 // pointer.dtype.element_ty.primitive_bitwidth
-    c = EACH * tl.arange(0, BD // EACH)
+    """Of each of R rows of 16-bit numbers that come later one in every 32 bytes: then all of them are in the cache when
+    they are wanted. `left`: so many tokens come later. `gather` and `keep` see to it that the compiler does not leave
+    out these loads."""
+    c = 16 * tl.arange(0, BD // 16)
     kept = ()
     for i in tl.static_range(R):
         x = tl.load(pointer + i * D + c, mask=(c < D) & (left > c * 0), other=0.0)
-        kept += (x.to(tl.int16 if EACH == 16 else tl.int32, bitcast=True),)
+        kept += (x.to(tl.int16, bitcast=True),)
     return kept
 
 
@@ -66,13 +66,6 @@ def gather(kept, touched):
     for i in tl.static_range(len(touched)):
         kept |= touched[i]
     return kept
-
-
-@triton.jit
-def untouched(pointer, BD: tl.constexpr):
-    """Where `gather` begins."""
-    EACH: tl.constexpr = 256 // pointer.dtype.element_ty.primitive_bitwidth
-    return tl.zeros((BD // EACH,), tl.int16 if EACH == 16 else tl.int32)
 
 
 @triton.jit

@@ -44,9 +44,6 @@ def tanh(x):
     return tl.where(tl.abs(x) < 0.2, near, tl.where(x < 0.0, -far, far))
 
 
-INTERPRETED = tl.constexpr(type(tanh).__name__ == "InterpretedFunction")
-
-
 @triton.jit
 def in_parts(x):
     """float32 as a sum of two bfloat16, to 2⁻¹⁶: its upper half, cut off, and what that leaves."""
@@ -54,13 +51,31 @@ def in_parts(x):
     return upper.to(tl.bfloat16), (x - upper).to(tl.bfloat16)
 
 
-@triton.jit
-def rounded(x):
-    """float32 -> the nearest bfloat16. The interpreter's own conversion cuts off."""
-    if INTERPRETED:
+# Two each, since with a global constant the key of what Triton keeps compiled depends on what it compiled before
+if type(tanh).__name__ == "InterpretedFunction":
+
+    @triton.jit
+    def rounded(x):
+        """float32 -> the nearest bfloat16. The interpreter's own conversion cuts off."""
         bits = x.to(tl.int32, bitcast=True)
-        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
-    return x.to(tl.bfloat16)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True).to(tl.bfloat16)
+
+    @triton.jit
+    def add_short_product(total, X, Y):
+        """total + X Y of two matrices in bfloat16, of which the interpreter has no product."""
+        return total + tl.dot(X.to(tl.float32), Y.to(tl.float32), input_precision="ieee")
+
+else:
+
+    @triton.jit
+    def rounded(x):
+        """float32 -> the nearest bfloat16."""
+        return x.to(tl.bfloat16)
+
+    @triton.jit
+    def add_short_product(total, X, Y):
+        """total + X Y of two matrices in bfloat16."""
+        return tl.dot(X, Y, total)
 
 
 @triton.jit
@@ -69,15 +84,18 @@ def add_product(total, X, Y):
     the product of their lower parts."""
     if X.dtype == tl.float32:
         upper, lower = in_parts(X)
-        total = add_product(total, lower, Y.to(tl.bfloat16))
-        return add_product(total, upper, Y)
+        if Y.dtype == tl.float32:
+            Y_upper, Y_lower = in_parts(Y)
+            total = add_short_product(total, lower, Y_upper)
+            total = add_short_product(total, upper, Y_lower)
+            return add_short_product(total, upper, Y_upper)
+        else:
+            return add_short_product(add_short_product(total, lower, Y), upper, Y)
     elif Y.dtype == tl.float32:
         upper, lower = in_parts(Y)
-        return add_product(add_product(total, X, lower), X, upper)
-    elif INTERPRETED:  # which has no product of bfloat16
-        return total + tl.dot(X.to(tl.float32), Y.to(tl.float32), input_precision="ieee")
+        return add_short_product(add_short_product(total, X, lower), X, upper)
     else:
-        return tl.dot(X, Y, total)
+        return add_short_product(total, X, Y)
 
 
 # ------------------------------------------------------------------------------------------------- loads and stores
