@@ -74,19 +74,20 @@ def is_split(n: int, dtype: torch.dtype) -> bool:
     return is_many(n) and dtype == torch.bfloat16
 
 
-def many_tile(kernel: str, n: int, d: int) -> Tile:
-    """For many.py: tokens of a tile, columns of d_b, and a warp for each 16 rows, as tensor cores take them. Nothing is
-    loaded ahead: through shared memory that takes longer than it saves."""
-    backward = kernel.endswith("backward_kernel")
-    columns = 32 if INTERPRETED else _MANY[backward][_kind(n)][0]
-    warps = max(1, next_power_of_2(n) // 16)
-    return Tile(2 if n <= 8 else 1, max(16, min(columns, next_power_of_2(d))), warps, 1)
+def many_tile(n: int, d: int) -> Tile:
+    """For many.py: tokens of a tile, columns of d_b, and a warp for each 16 rows, as tensor cores take them. By time on
+    an H200 (NOTES.md), 128 columns are better than 64 and that than 32, even where a few registers spill, and loads
+    ahead, through shared memory, take longer than they save."""
+    columns = 32 if INTERPRETED else 128
+    return Tile(2 if n <= 8 else 1, max(16, min(columns, next_power_of_2(d))), max(1, next_power_of_2(n) // 16), 1)
 
 
 def many_registers(kernel: str, n: int) -> int:
-    """How many a thread may have, 0 where there is no other limit than the hardware's."""
-    no_limit = INTERPRETED or torch.version.hip
-    return 0 if no_limit else _MANY[kernel.endswith("backward_kernel")][_kind(n)][1]
+    """How many a thread may have there: fewer let more programs on a multiprocessor. 0 for no limit but the
+    hardware's, which is best where many have to be kept."""
+    if INTERPRETED or torch.version.hip or kernel.endswith("backward_kernel"):
+        return 0
+    return 128 if 8 < n <= 16 else 168
 
 
 def tile(kernel: str, m: int, n: int, d: int, bits: int) -> Tile:
@@ -113,13 +114,6 @@ def _kind(n: int) -> int:
     return 0 if not is_many(n) else 1 if n <= 8 else 2 if n <= 16 else 3
 
 
-_DROP = False  # whether the cache is told what need not stay there
-# Backward or not -> for n ≤ 8, n ≤ 16, more: columns at a time, registers of a thread, and warps on a multiprocessor.
-# Fewer registers let more programs run at once. By time on an H200.
-_MANY = {
-    False: {1: (64, 0, 64), 2: (64, 128, 64), 3: (128, 168, 64)},
-    True: {1: (64, 0, 8), 2: (64, 0, 8), 3: (64, 0, 8)},
-}
 # (kernel, bits of the state) -> for n ≤ 4, n ≤ 8, n ≤ 16, more. Tiles that do not spill on an H100 and load at least a
 # chunk ahead, where there is one that does both; of these, those with the fewest instructions a token: see NOTES.md.
 _TILES = {
@@ -176,13 +170,12 @@ def sizes(kernel: str, m: int, n: int, d: int, dtype: torch.dtype) -> dict:
         found = {"M": m, "N": n, "D": d, "BD": max(32, next_power_of_2(d)), "num_warps": warps}
         return found | ({"AHEAD": ahead} if backward else {})
     if kernel.startswith("many_"):
-        PER, BD, num_warps, num_stages = many_tile(kernel, n, d)
+        PER, BD, num_warps, num_stages = many_tile(n, d)
         reads = "width" in kernel or "step" in kernel
         exact = {"PREC": precision(torch.float32)} if reads else {}  # of the one product that has to be
         exact |= {"GRAM": n <= 32} if reads and not kernel.endswith("backward_kernel") else {}
         registers = many_registers(kernel, n)
         exact |= {"maxnreg": registers} if registers else {}
-        exact |= {"DROP": _DROP} if kernel.endswith("backward_kernel") else {}
         return exact | {
             "M": m, "N": n, "D": d, "PER": PER, "BD": BD, "num_warps": num_warps, "num_stages": num_stages,
             "MP": max(16, PER * next_power_of_2(m)), "NP": max(16, next_power_of_2(n)),
@@ -313,8 +306,6 @@ class Launch:
         """How many programs share the tokens (those of a group, where a program has one), and leave a partial sum each,
         in a backward pass; no more than tokens, since each has at least one. Eight warps are all that fit a
         multiprocessor with 255 registers a thread; those of last.py take half of that."""
-        if self.kernel(name).__name__.startswith("many_"):
-            return self._share(name, _MANY[True][_kind(self.n)][2])
         return self._share(name, 16 if name == "group_norm_backward" else 8)
 
     def _share(self, name: str, warps: int) -> int:

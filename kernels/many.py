@@ -48,11 +48,11 @@ def place(c, left, R: tl.constexpr, D: tl.constexpr, RP: tl.constexpr, PER: tl.c
 
 @triton.jit
 def load_rows(
-    pointer, c, left, R: tl.constexpr, D: tl.constexpr, RP: tl.constexpr, PER: tl.constexpr, DROP: tl.constexpr = False
+    pointer, c, left, R: tl.constexpr, D: tl.constexpr, RP: tl.constexpr, PER: tl.constexpr, LAST: tl.constexpr = False
 ):  # fmt: skip
-    """X [RP, BD]. DROP: the cache need not keep them."""
+    """X [RP, BD]. LAST: they are not read again, and the cache need not keep them."""
     offsets, inside = place(c, left, R, D, RP, PER)
-    return tl.load(pointer + offsets, mask=inside, other=0.0, eviction_policy="evict_first" if DROP else "")
+    return tl.load(pointer + offsets, mask=inside, other=0.0, eviction_policy="evict_first" if LAST else "")
 
 
 @triton.jit
@@ -462,13 +462,13 @@ def read_matrices_backward(
 def read_chunk_backward(
     H, G, G_add, norm_own, V, norm_gain, found, c, left,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, PER: tl.constexpr,
-    DROP: tl.constexpr, DYNAMIC: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr,
+    DYNAMIC: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """Columns `c` of g_H′, plus those of G_add, what else flows into H′, rounded as they are stored. ∂L/∂γ is added to
     `norm_own`. `found`: by `read_matrices_backward`."""
     C, e, pull, rstd_x, pull_x = found
-    h = load_rows(H, c, left, N, D, NP, PER, DROP)
-    g = load_rows(G, c, left, M, D, MP, PER, DROP)
+    h = load_rows(H, c, left, N, D, NP, PER, True)
+    g = load_rows(G, c, left, M, D, MP, PER, True)
     if NORM:
         x = product(tl.trans(C), h)
         g = g.to(tl.float32)
@@ -478,7 +478,7 @@ def read_chunk_backward(
     if DYNAMIC:
         g_h = spread(g_h, e, V, c, 0, M, D, PER) - pull[:, None] * h.to(tl.float32)
     if ADD:
-        g_h += load_rows(G_add, c, left, N, D, NP, PER, DROP).to(tl.float32)
+        g_h += load_rows(G_add, c, left, N, D, NP, PER, True).to(tl.float32)
     return g_h.to(H.dtype.element_ty)
 
 
@@ -494,7 +494,7 @@ def no_sums(MP: tl.constexpr, NP: tl.constexpr):
 def add_sums(
     sums, H, Z, g, V, c, left,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, PER: tl.constexpr,
-    DROP: tl.constexpr, DYNAMIC: tl.constexpr,
+    DYNAMIC: tl.constexpr,
 ):  # fmt: skip
     """With the columns `c` added: ∂L/∂Â = H′ gᵀ, ∂L/∂Bᵀ = g zᵀ, H′ Vᵀ of both, and Σ h²."""
     d_carry, d_write, p_carry, p_write, square = sums
@@ -504,7 +504,7 @@ def add_sums(
         p_carry = project(p_carry, h, V, c, 0, N, D, PER)
         p_write = project(p_write, h, V, c, N, M, D, PER)
     d_carry = add_product(d_carry, h, tl.trans(g))
-    d_write = add_product(d_write, g, tl.trans(load_rows(Z, c, left, M, D, MP, PER, DROP)))
+    d_write = add_product(d_write, g, tl.trans(load_rows(Z, c, left, M, D, MP, PER, True)))
     return d_carry, d_write, p_carry, p_write, square
 
 
@@ -512,7 +512,7 @@ def add_sums(
 def write_backward(
     sums, H, G, G_H, G_Z, E, own, left, V, A, B, S_alpha, S_beta, eps,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
-    PER: tl.constexpr, DROP: tl.constexpr, DYNAMIC: tl.constexpr,
+    PER: tl.constexpr, DYNAMIC: tl.constexpr,
 ):  # fmt: skip
     """g_H′, g_z and e; ∂L/∂C and ∂L/∂C ∘ tanh, of Â and of Bᵀ, are added to `own`."""
     K: tl.constexpr = N + M
@@ -529,13 +529,13 @@ def write_backward(
     write_t = tl.trans(write)
     for start in range(0, D, BD):
         c = start + tl.arange(0, BD)
-        g = load_rows(G, c, left, N, D, NP, PER, DROP)
+        g = load_rows(G, c, left, N, D, NP, PER, True)
         store_rows(G_Z, product(write_t, g), c, left, M, D, MP, PER)
         g_h = product(carry, g)
         if DYNAMIC:
             g_h = spread(g_h, e_carry, V, c, 0, N, D, PER)
             g_h = spread(g_h, e_write, V, c, N, M, D, PER)
-            g_h -= pull[:, None] * load_rows(H, c, left, N, D, NP, PER, DROP).to(tl.float32)
+            g_h -= pull[:, None] * load_rows(H, c, left, N, D, NP, PER, True).to(tl.float32)
         store_rows(G_H, g_h, c, left, N, D, NP, PER)
 
 
@@ -543,7 +543,7 @@ def write_backward(
 def many_width_backward_kernel(
     H, G, G_add, G_H, E, partial, norm_partial, V, A, S_alpha, norm_gain, T, eps, norm_eps,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
-    PER: tl.constexpr, PREC: tl.constexpr, DROP: tl.constexpr, DYNAMIC: tl.constexpr, NORM: tl.constexpr,
+    PER: tl.constexpr, PREC: tl.constexpr, DYNAMIC: tl.constexpr, NORM: tl.constexpr,
     ADD: tl.constexpr,
 ):  # fmt: skip
     """Program p adds its sums over tokens up in partial[p]: [PER, 2, n, m], zeros before."""
@@ -559,7 +559,7 @@ def many_width_backward_kernel(
             c = start + tl.arange(0, BD)
             g_h = read_chunk_backward(
                 H + t * (N * D), G + t * (M * D), G_add + t * (N * D), norm_partial + program * (M * D), V, norm_gain,
-                found, c, left, M, N, D, MP, NP, PER, DROP, DYNAMIC, NORM, ADD,
+                found, c, left, M, N, D, MP, NP, PER, DYNAMIC, NORM, ADD,
             )  # fmt: skip
             store_rows(G_H + t * (N * D), g_h, c, left, N, D, NP, PER)
 
@@ -568,7 +568,7 @@ def many_width_backward_kernel(
 def many_depth_backward_kernel(
     H, Z, G, G_H, G_Z, E, partial, V, A, B, S_alpha, S_beta, T, eps,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
-    PER: tl.constexpr, DROP: tl.constexpr, DYNAMIC: tl.constexpr,
+    PER: tl.constexpr, DYNAMIC: tl.constexpr,
 ):  # fmt: skip
     """The same with [PER, 2, n, n+m]: columns of Â before those of Bᵀ."""
     program = tl.program_id(0)
@@ -579,11 +579,11 @@ def many_depth_backward_kernel(
         for start in range(0, D, BD):
             c = start + tl.arange(0, BD)
             g = load_rows(G + t * (N * D), c, left, N, D, NP, PER)
-            sums = add_sums(sums, H + t * (N * D), Z + t * (M * D), g, V, c, left, M, N, D, MP, NP, PER, DROP, DYNAMIC)
+            sums = add_sums(sums, H + t * (N * D), Z + t * (M * D), g, V, c, left, M, N, D, MP, NP, PER, DYNAMIC)
         write_backward(
             sums, H + t * (N * D), G + t * (N * D), G_H + t * (N * D), G_Z + t * (M * D), E + t * (N * (N + M)),
             partial + program * (PER * 2 * N * (N + M)), left, V, A, B, S_alpha, S_beta, eps,
-            M, N, D, MP, NP, BD, PER, DROP, DYNAMIC,
+            M, N, D, MP, NP, BD, PER, DYNAMIC,
         )  # fmt: skip
 
 
@@ -592,7 +592,7 @@ def many_step_backward_kernel(
     H, Z, OUT, G_OUT, G_X, G_H, G_Z, E, next_E, partial, next_partial, norm_partial, between, V,
     A, B, S_alpha, S_beta, next_A, next_S, norm_gain, T, eps, next_eps, norm_eps,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
-    PER: tl.constexpr, PREC: tl.constexpr, DROP: tl.constexpr, DYNAMIC: tl.constexpr, NORM: tl.constexpr,
+    PER: tl.constexpr, PREC: tl.constexpr, DYNAMIC: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the state between is used as soon as it is made, and again later: meanwhile it is in
     [PER, n, d_b] of memory of the program's own, which should stay in the cache."""
@@ -612,14 +612,14 @@ def many_step_backward_kernel(
             c = start + tl.arange(0, BD)
             g = read_chunk_backward(
                 OUT + t * (N * D), G_X + t * (M * D), G_OUT + t * (N * D), norm_partial + program * (M * D), next_V,
-                norm_gain, found, c, left, M, N, D, MP, NP, PER, DROP, DYNAMIC, NORM, True,
+                norm_gain, found, c, left, M, N, D, MP, NP, PER, DYNAMIC, NORM, True,
             )  # fmt: skip
             store_rows(between, g, c, left, N, D, NP, PER)
-            sums = add_sums(sums, H + t * (N * D), Z + t * (M * D), g, V, c, left, M, N, D, MP, NP, PER, DROP, DYNAMIC)
+            sums = add_sums(sums, H + t * (N * D), Z + t * (M * D), g, V, c, left, M, N, D, MP, NP, PER, DYNAMIC)
         tl.debug_barrier()  # what other threads wrote is read from here on
         write_backward(
             sums, H + t * (N * D), between, G_H + t * (N * D), G_Z + t * (M * D), E + t * (N * (N + M)),
             partial + program * (PER * 2 * N * (N + M)), left, V, A, B, S_alpha, S_beta, eps,
-            M, N, D, MP, NP, BD, PER, DROP, DYNAMIC,
+            M, N, D, MP, NP, BD, PER, DYNAMIC,
         )  # fmt: skip
         tl.debug_barrier()  # and written again
