@@ -4,9 +4,12 @@ Reads figures/data/gpu/<device>/{rates,ops,steps,memory}.json and computes nothi
 With --readme FILE it puts the tables between the two comment lines of that file that say so. What is not there is
 "not measured"; where nothing is, the file only says that.
 
+NOTES.md has, between such lines of its own (--notes FILE), what a step took before anything had been tuned on a GPU,
+from figures/data/gpu-tuning, and what it takes now.
+
 --limits prints what the instructions that `vwn_ref.kernels.aot` counted, and the bytes that our kernels move, allow at
-best, with no GPU, and --notes FILE puts it between two such lines: a kernel reaches no larger share of the bandwidth,
-however well it hides what it waits for.
+best, with no GPU, and --notes puts it there too: a kernel reaches no larger share of the bandwidth, however well it
+hides what it waits for.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from typing import NamedTuple
 
 FOLDER = Path(__file__).resolve().parents[1] / "figures" / "data" / "gpu"
 BEGIN, END = (f"<!-- gpu: {x} -->" for x in ("begin, written by vwn_ref.kernels.report", "end"))
+TUNED = tuple(f"<!-- tuned: {x} -->" for x in ("begin, written by vwn_ref.kernels.report", "end"))
 LIMITS = tuple(f"<!-- limits: {x} -->" for x in ("begin, written by vwn_ref.kernels.report", "end"))
 TOKENS = 16_384
 WIDTHS = (1024, 2048, 4096)
@@ -144,14 +148,19 @@ def number(value: float | None, form: str) -> str:
     return "–" if value is None else form.format(value)
 
 
-def operations(rows: Rows) -> list[str]:
+def measured(lines: list[str]) -> list[str]:
+    """Without the rows in which nothing but what they are of is there."""
+    return [x for x in lines if set("".join(x.split("|")[3:])) - set(" –")]
+
+
+def operations(rows: Rows, ops: Iterable[str] = ("width", "depth", "step")) -> list[str]:
     """µs and shares of the fused kernels; µs of the others, forward and backward together."""
     lines = [
         f"| {TOKENS:,} tokens | D | forward, µs | share | backward, µs | share | both | compiled | eager |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for m, n in ((1, 4), *SHAPES.values()):
-        for op in ("width", "depth", "step"):
+        for op in ops:
             for D in WIDTHS:
                 cells = []
                 for direction in ("forward", "backward"):
@@ -160,7 +169,7 @@ def operations(rows: Rows) -> list[str]:
                 ways = ("fused", "compiled", "reference")
                 cells += [number(both(rows, way, op, m, n, D), "{:.0f}") for way in ways]
                 lines.append(f"| {op} ({m}, {n}) | {D} | {' | '.join(cells)} |")
-    return lines
+    return measured(lines)
 
 
 def training_steps(rows: Rows) -> list[str]:
@@ -175,25 +184,42 @@ def training_steps(rows: Rows) -> list[str]:
             keys += (("step_ratio", "reference"), ("flops_ratio", "fused"), ("peak_ratio", "fused"))
             cells = [number(training(r, D, key, way)(rows), "{:.3f}") for key, way in keys]
             lines.append(f"| {D} | {r} | {' | '.join(cells)} |")
-    return lines
+    return measured(lines)
 
 
-def markdown(folder: Path) -> str:
+def tuned(folder: Path = FOLDER) -> str:
+    """Of every device on which kernels were tuned: a step's µs and shares, before and after. "–" where not measured."""
+    lines = []
+    for before in sorted(folder.with_name("gpu-tuning").glob("*/before.json")):
+        first, now = {"ops": json.loads(before.read_text(encoding="utf-8"))["rows"]}, load(folder / before.parent.name)
+        lines += [f"| {before.parent.name}, µs | D | forward | share | backward | share |", "|---|---|---|---|---|---|"]
+        for m, n in ((1, 4), *SHAPES.values()):
+            for D in WIDTHS:
+                cells = []
+                for direction in ("forward", "backward"):
+                    pair = [operation(rows, "fused", "step", m, n, D, direction) for rows in (first, now)]
+                    for key, form in (("median_us", "{:.0f}"), ("share_of_copy", "{:.0%}")):
+                        cells.append(" → ".join(number(row.get(key), form) for row in pair))
+                lines.append(f"| step ({m}, {n}) | {D} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def markdown(folder: Path, ops: Iterable[str] = ("width", "depth", "step")) -> str:
     """The tables of every device that was measured; without one, that none was, and every target."""
     head = ["| target (H100 or H200, bfloat16) | | |", "|---|---|---|"]
     parts = []
     for device in sorted(p for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []:
         rows = load(device)
         lines = [f"**{device.name}**", "", *head, *(target.line(rows) for target in targets())]
-        parts.append("\n".join([*lines, "", *operations(rows), "", *training_steps(rows)]))
+        parts.append("\n".join([*lines, "", *operations(rows, ops), "", *training_steps(rows)]))
     if not parts:
         parts = ["\n".join([NOTHING, "", *head, *(target.line({}) for target in targets())])]
     return "\n\n".join(parts)
 
 
 def for_readme(folder: Path) -> str:
-    """The same, but where nothing was measured README only says so."""
-    whole = markdown(folder)
+    """The same of `step` alone; where nothing was measured README only says so."""
+    whole = markdown(folder, ops=("step",))
     return NOTHING if whole.startswith(NOTHING) else whole
 
 
@@ -283,7 +309,9 @@ def main() -> None:
     asked = parser.parse_args()
     from vwn_ref.experiments.storage import write_text
 
-    for file, lines, table in ((asked.readme, (BEGIN, END), for_readme), (asked.notes, LIMITS, kept_limits)):
+    for file, lines, table in (
+        (asked.readme, (BEGIN, END), for_readme), (asked.notes, LIMITS, kept_limits), (asked.notes, TUNED, tuned)
+    ):  # fmt: skip
         if file is not None:
             write_text(file, into(file.read_text(encoding="utf-8"), table(asked.data), lines))
     if asked.limits:

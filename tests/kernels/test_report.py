@@ -71,8 +71,12 @@ def test_without_measurements_nothing_is_claimed(tmp_path):
         assert report.for_readme(folder) == lines[0]  # README has no table of what is not there
 
 
-def test_readme_has_all_that_was_measured(device):
-    assert report.for_readme(device.parent) == report.markdown(device.parent)
+def test_readme_has_what_was_measured_of_steps(device):
+    whole, short = (f(device.parent).splitlines() for f in (report.markdown, report.for_readme))
+    assert short == [x for x in whole if not (x.startswith(("| width (", "| depth (")) and "copy" not in x)]
+    assert any(x.startswith("| depth (2, 3) | 1024 |") for x in whole)
+    for lines in (whole, short):  # and no row of what was not
+        assert not any(x.startswith(("| step (8, 64) |", "| 1024 | 1.5 |")) for x in lines)
 
 
 def test_a_dry_run_is_refused(device):
@@ -133,9 +137,25 @@ def test_limits_stand_beside_their_targets():
     assert lines[3] == "| depth (2, 3), forward | 3,350 | 3.2 | 2.4 | 2.4 | 76% | 85% |"
 
 
-def test_notes_say_what_the_kept_table_says():
+def test_notes_say_what_the_kept_tables_say():
     text = NOTES.read_text(encoding="utf-8")
     assert report.into(text, report.kept_limits(), report.LIMITS) == text
+    assert report.into(text, report.tuned(), report.TUNED) == text
+
+
+def test_before_and_after(device):
+    """A step of both, one that was measured before only, and one in neither."""
+    before = device.parent.with_name("gpu-tuning") / device.name / "before.json"
+    before.parent.mkdir(parents=True)
+    step = {"implementation": "fused", "op": "step", "m": 2, "n": 3, "tokens": 16_384, "direction": "forward"}
+    rows = [step | {"D": D, "median_us": 200.0, "share_of_copy": 0.4} for D in (1024, 2048)]
+    before.write_text(json.dumps({"rows": rows}))
+    now = [step | {"D": 1024, "median_us": 100.0, "share_of_copy": 0.8}]
+    (device / "ops.json").write_text(json.dumps({"stage": "ops", "rows": now}))
+    lines = report.tuned(device.parent).splitlines()
+    assert lines[0].startswith(f"| {device.name}, µs |") and len(lines) == 2 + 5 * 3
+    assert "| step (2, 3) | 1024 | 200 → 100 | 40% → 80% | – → – | – → – |" in lines
+    assert "| step (2, 3) | 2048 | 200 → – | 40% → – | – → – | – → – |" in lines
 
 
 def test_main_writes_what_is_asked_for(device, tmp_path, monkeypatch, capsys):
@@ -143,7 +163,7 @@ def test_main_writes_what_is_asked_for(device, tmp_path, monkeypatch, capsys):
     (device.parent / "aot.json").write_text(json.dumps(rows))
     readme, notes = tmp_path / "README.md", tmp_path / "NOTES.md"
     readme.write_text(f"a\n{report.BEGIN}\n{report.END}\n")
-    notes.write_text("\n".join(["b", *report.LIMITS, ""]))
+    notes.write_text("\n".join(["b", *report.LIMITS, *report.TUNED, ""]))
     files = ["--readme", str(readme), "--notes", str(notes)]
     monkeypatch.setattr("sys.argv", ["report", "--data", str(device.parent), *files])
     report.main()
