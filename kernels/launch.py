@@ -230,14 +230,16 @@ def stretch(m: int, n: int, d: int, columns: int, dtype: torch.dtype) -> Stretch
     return chosen._replace(BD=max(16, min(chosen.BD, next_power_of_2(d))))
 
 
-def weight_sizes(m: int, n: int, d: int, read: int, write: int, dtype: torch.dtype) -> dict:
+def weight_sizes(
+    m: int, n: int, d: int, read: int, write: int, dtype: torch.dtype, amd: bool = bool(torch.version.hip)
+) -> dict:
     """The compile-time arguments of `weights_kernel`, for so many columns of a width and of a depth, and num_warps and
-    num_stages."""
+    num_stages. AMD's GPUs have shared memory for one stretch ahead."""
     split, chosen = dtype == torch.bfloat16, stretch(m, n, d, read + write, dtype)
     least = 8 if split and LEAST_SUM == 8 else 16  # an older Triton has no such product for Hopper's warp groups
     return {
         "D": d, "READ": read, "WRITE": write, "KP": max(least, next_power_of_2(read + write)), "BR": chosen.BR,
-        "BD": chosen.BD, "num_warps": chosen.num_warps, "num_stages": chosen.num_stages,
+        "BD": chosen.BD, "num_warps": chosen.num_warps, "num_stages": min(chosen.num_stages, 2 if amd else 99),
         "PREC": "bf16" if split else precision(dtype),
     }  # fmt: skip
 

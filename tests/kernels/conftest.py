@@ -11,7 +11,7 @@ from vwn_ref.kernels.compiler import find_compiler
 sys.path.insert(0, str(Path(__file__).parent))
 
 if importlib.util.find_spec("triton") is None:  # it is made for Linux
-    collect_ignore_glob = ["test_triton_*.py", "test_aot.py", "test_bench.py", "test_gpu.py"]
+    collect_ignore_glob = ["test_triton_*.py", "test_aot.py", "test_bench.py", "test_gpu.py", "test_tune.py"]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -198,6 +198,10 @@ CASES = {
 }  # fmt: skip
 
 
+SUMS = ("stretch", "coefficients_gradient_sizes", "norm_gradient_sizes", "projections_gradient_sizes")
+AS_USUAL = {name: getattr(launch, name) for name in SUMS}
+
+
 @pytest.fixture(scope="module")
 def wanted():
     return {case: values.two_sublayers(values.Reference, *case) for case in set(CASES.values())}
@@ -209,13 +213,19 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(launch, "tile", lambda *_: launch.Tile(2, 16, 1))
     monkeypatch.setattr(launch, "many_tile", lambda n, d: launch.Tile(2 if n <= 8 else 1, 16, 1))
     monkeypatch.setattr(launch, "stretch", lambda *_: launch.Stretch(8, 16, 1, 1, 1))  # 2½ stretches, or more
-    for name in ("coefficients_gradient_sizes", "norm_gradient_sizes", "projections_gradient_sizes"):
+    for name in SUMS[1:]:
         monkeypatch.setattr(launch, name, smaller(getattr(launch, name), BE=8, BC=8, BP=1, BS=1))
 
 
 def smaller(sizes, **blocks):
     """The same with these sizes, where it has them."""
     return lambda *a: {k: blocks.get(k, v) for k, v in sizes(*a).items()}
+
+
+def large_sums(monkeypatch):
+    """With what is added up afterwards as usual: with thousands of coefficients it would take the interpreter long."""
+    for name, function in AS_USUAL.items():
+        monkeypatch.setattr(launch, name, function)
 
 
 def walk(monkeypatch):
@@ -270,8 +280,8 @@ WAYS = {
 def test_without_a_fault_nothing_is_wrong(tmp_path, monkeypatch, small_tiles, wanted, way):
     load_kernels(tmp_path, None, monkeypatch)
     case = WAYS[way]
-    if way in ("walks", "chunks"):
-        {"walks": walk, "chunks": chunks}[way](monkeypatch)
+    if way in ("walks", "chunks", "large tiles"):
+        {"walks": walk, "chunks": chunks, "large tiles": large_sums}[way](monkeypatch)
     assert errors(values.two_sublayers(fused, *case), wanted[case], case) == set()
 
 
@@ -285,5 +295,7 @@ def test_a_planted_fault_is_found(tmp_path, monkeypatch, small_tiles, wanted, fa
         walk(monkeypatch)
     if fault in FAULTS_OF_CHUNKS:
         chunks(monkeypatch)
+    if fault in FAULTS_OF_LARGE_TILES:
+        large_sums(monkeypatch)
     wrong = errors(values.two_sublayers(fused, *case), wanted[case], case)
     assert wrong and (must is None or must in wrong), f"wrong were: {sorted(wrong)}"
