@@ -296,13 +296,19 @@ class Launch:
         self.T = H.numel() // (self.n * self.d)
         self.device = H.device
         self.dtype = H.dtype
+        self._kernels: dict = {}
+        self._sizes: dict[str, dict] = {}
 
     def kernel(self, name: str):
         """The kernel that is launched for "width", "width_backward" …"""
-        return KERNELS[family(name, self.m, self.n, self.d, self.dtype) + name]
+        if name not in self._kernels:
+            self._kernels[name] = KERNELS[family(name, self.m, self.n, self.d, self.dtype) + name]
+        return self._kernels[name]
 
     def sizes(self, name: str) -> dict:
-        return sizes(self.kernel(name).__name__, self.m, self.n, self.d, self.dtype)
+        if name not in self._sizes:  # asked for half a dozen times
+            self._sizes[name] = sizes(self.kernel(name).__name__, self.m, self.n, self.d, self.dtype)
+        return self._sizes[name]
 
     def programs(self, name: str) -> int:
         """How many programs share the tokens (those of a group, where a program has one), and leave a partial sum each,
