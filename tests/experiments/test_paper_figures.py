@@ -278,7 +278,7 @@ def test_figures_without_runs_are_passed_by(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     plots.main()
     said = capsys.readouterr().out.splitlines()
-    assert len(said) == 8 and "fig_4_5.png: not drawn, no seed has finished runs of plain, mtp, vwn" in said[2]
+    assert len(said) == 9 and "fig_4_5.png: not drawn, no seed has finished runs of plain, mtp, vwn" in said[2]
     there = {path.name for path in (tmp_path / "figures").glob("*.png")}
     assert there == {"overview.png", "r_sweep.png", "fig_6.png"}
 

@@ -143,17 +143,20 @@ def wiring(ax: Axes, A: object, B: object, *, title: str = "") -> None:
     ax.axis("off")
 
 
-def bars(ax: Axes, groups: Sequence[str], series: dict[str, Sequence[float | None]], *, numbers: bool = False) -> None:
+def bars(
+    ax: Axes, groups: Sequence[str], series: dict[str, Sequence[float | None]], *, numbers: bool | str = False
+) -> None:
     """Draw grouped bars: for each of `groups` one bar of every series, label → heights, with a gap where it is None.
 
-    numbers: write the heights above the bars.
+    numbers: write the heights above the bars, in this format, "%.2f" where it is True.
     """
     width = 0.8 / len(series)
     for k, (label, heights) in enumerate(series.items()):
         places = [group + (k - (len(series) - 1) / 2) * width for group in range(len(groups))]
         drawn = ax.bar(places, [np.nan if h is None else h for h in heights], width=0.92 * width, label=label)
         if numbers:
-            ax.bar_label(drawn, fmt="%.2f", fontsize=8)
+            form = "%.2f" if numbers is True else numbers
+            ax.bar_label(drawn, ["" if h is None else form % h for h in heights], fontsize=8)
     ax.set_xticks(range(len(groups)), groups)
     ax.grid(axis="x", visible=False)
 
@@ -358,6 +361,7 @@ def r_sweep(data: Path) -> Figure:
 def main() -> None:
     """Redraw every figure of this repository; run from its top folder. One without runs yet is passed by."""
     # these stand on this module
+    from vwn_ref.experiments.gpu_figures import gpu
     from vwn_ref.experiments.paper_figures import FIGURES, NotRun
     from vwn_ref.experiments.parts_figures import by_backbone, differences, what_pays
     from vwn_ref.experiments.windows_figures import how_far_back
@@ -367,7 +371,7 @@ def main() -> None:
         sys.exit("error: no folder figures/data here: run this in the top folder of the repository")
     mpl.use("Agg")
     style()
-    for draw in (overview, r_sweep, *FIGURES, what_pays, differences, by_backbone, how_far_back):
+    for draw in (overview, r_sweep, *FIGURES, what_pays, differences, by_backbone, how_far_back, gpu):
         path = figures / f"{draw.__name__}.png"
         try:
             with told():

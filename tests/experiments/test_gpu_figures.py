@@ -1,0 +1,45 @@
+"""figures/gpu.png: what was measured is drawn, what was not leaves a gap."""
+
+from __future__ import annotations
+
+import json
+
+import matplotlib.pyplot as plt
+import pytest
+
+from vwn_ref.experiments.gpu_figures import gpu
+from vwn_ref.experiments.paper_figures import NotRun
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    plt.close("all")
+
+
+def test_without_a_device(tmp_path):
+    (tmp_path / "gpu").mkdir()
+    (tmp_path / "gpu" / "aot.json").write_text("{}")
+    with pytest.raises(NotRun, match="no GPU has been measured"):
+        gpu(tmp_path)
+
+
+def test_what_was_measured_is_drawn(tmp_path):
+    folder = tmp_path / "gpu" / "Some-GPU"
+    folder.mkdir(parents=True)
+    step = {"implementation": "fused", "op": "step", "m": 2, "n": 3, "D": 2048, "tokens": 16_384}
+    ops = [
+        step | {"direction": "forward", "share_of_copy": 0.5},
+        step | {"direction": "backward", "share_of_copy": 0.25},
+        step | {"direction": "forward", "share_of_copy": 0.125, "implementation": "compiled"},
+    ]
+    steps = [{"way": "fused", "m": 8, "n": 64, "D": 4096, "step_ratio": 1.5, "predicted_step_ratio": 1.125}]
+    for stage, rows in {"ops": ops, "steps": steps}.items():
+        (folder / f"{stage}.json").write_text(json.dumps({"stage": stage, "rows": rows}))
+    forward, backward, training = gpu(tmp_path).axes
+    assert [t.get_text() for t in forward.texts if t.get_text()] == ["50", "12"]
+    assert [t.get_text() for t in backward.texts if t.get_text()] == ["25"]
+    assert [t.get_text() for t in training.texts if t.get_text()] == ["12.5", "50.0"]
+    assert forward.get_ylabel().startswith("Some GPU")
+    heights = [[bar.get_height() for bar in kind] for kind in training.containers]
+    assert heights[0][3] == 12.5 and heights[1][3] == 50.0 and all(h != h for h in heights[0][:3])
