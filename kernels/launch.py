@@ -25,6 +25,7 @@ from vwn_ref.kernels.tiles import LEAST_SUM
 from vwn_ref.kernels.weights import weights_kernel
 
 INTERPRETED = type(weights_kernel).__name__ == "InterpretedFunction"
+TUNED = "sm_90"  # the target whose kernels were timed
 AHEAD = not INTERPRETED  # whether programs may reach for what they want next: see `vwn_ref.kernels.rows.touch`
 KERNELS = {  # by name, without _kernel: those that work on tokens
     name.removesuffix("_kernel"): kernel
@@ -74,18 +75,18 @@ def is_split(n: int, dtype: torch.dtype) -> bool:
     return is_many(n) and dtype == torch.bfloat16
 
 
-def many_tile(n: int, d: int) -> Tile:
-    """For many.py: tokens of a tile, columns of d_b, and a warp for each 16 rows, as tensor cores take them. By time on
-    an H200 (NOTES.md), 128 columns are better than 64 and that than 32, even where a few registers spill, and loads
-    ahead, through shared memory, take longer than they save."""
-    columns = 32 if INTERPRETED else 128
+def many_tile(n: int, d: int, target: str) -> Tile:
+    """For many.py: tokens of a tile, columns of d_b, and a warp for each 16 rows, as tensor cores take them. Nothing is
+    loaded ahead. By time on an H200 (NOTES.md) 128 columns are the better choice more often than not, even where some
+    registers spill; other targets, where nothing was timed, spill so much more with them that they take 64."""
+    columns = 32 if INTERPRETED else 128 if target == TUNED else 64
     return Tile(2 if n <= 8 else 1, max(16, min(columns, next_power_of_2(d))), max(1, next_power_of_2(n) // 16), 1)
 
 
-def many_registers(kernel: str, n: int) -> int:
+def many_registers(kernel: str, n: int, target: str) -> int:
     """How many a thread may have there: fewer let more programs on a multiprocessor. 0 for no limit but the
     hardware's, which is best where many have to be kept."""
-    if INTERPRETED or torch.version.hip or kernel.endswith("backward_kernel"):
+    if INTERPRETED or target != TUNED or kernel.endswith("backward_kernel"):
         return 0
     return 128 if 8 < n <= 16 else 168
 
@@ -158,7 +159,16 @@ def group_sizes(m: int, n: int, d: int) -> dict:
     return {"R": n // m, "D": D, "BD": BD, "num_warps": max(1, BD // of_warp)}
 
 
-def sizes(kernel: str, m: int, n: int, d: int, dtype: torch.dtype) -> dict:
+@functools.cache
+def target_of(device: torch.device) -> str:
+    """As `vwn_ref.kernels.aot` names them: sm_90."""
+    if torch.version.hip or device.type == "cpu":
+        return "hip" if torch.version.hip else TUNED
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def sizes(kernel: str, m: int, n: int, d: int, dtype: torch.dtype, target: str = TUNED) -> dict:
     """The compile-time arguments that kernels have, and num_warps and num_stages; see `weight_sizes` for the others."""
     if kernel.startswith("group_norm"):
         return group_sizes(m, n, d)
@@ -170,11 +180,11 @@ def sizes(kernel: str, m: int, n: int, d: int, dtype: torch.dtype) -> dict:
         found = {"M": m, "N": n, "D": d, "BD": max(32, next_power_of_2(d)), "num_warps": warps}
         return found | ({"AHEAD": ahead} if backward else {})
     if kernel.startswith("many_"):
-        PER, BD, num_warps, num_stages = many_tile(n, d)
+        PER, BD, num_warps, num_stages = many_tile(n, d, target)
         reads = "width" in kernel or "step" in kernel
-        exact = {"PREC": precision(torch.float32)} if reads else {}  # of the one product that has to be
+        exact = {"PREC": precision(torch.float32)} if reads else {}  # of the product with H′ H′ᵀ, which has to be
         exact |= {"GRAM": n <= 32} if reads and not kernel.endswith("backward_kernel") else {}
-        registers = many_registers(kernel, n)
+        registers = many_registers(kernel, n, target)
         exact |= {"maxnreg": registers} if registers else {}
         return exact | {
             "M": m, "N": n, "D": d, "PER": PER, "BD": BD, "num_warps": num_warps, "num_stages": num_stages,
@@ -266,7 +276,7 @@ def coefficients_gradient_sizes(m: int, n: int) -> dict:
 
 
 def norm_gradient_sizes(kernel: str, m: int, n: int, d: int, dtype: torch.dtype) -> dict:
-    """For the sums that this kernel leaves, whose rows have BD places for d_b columns. A hundred programs and more,
+    """For the sums that this kernel leaves, whose rows have BD places for d_b columns. A program for 8 columns or 16,
     with the 32 or 64 bytes of a row that come from memory together at the least; eight thousand numbers a turn."""
     few = kernel.startswith("few_")
     BD = sizes(kernel, m, n, d, dtype)["BD"] if few else d
@@ -307,7 +317,8 @@ class Launch:
 
     def sizes(self, name: str) -> dict:
         if name not in self._sizes:  # asked for half a dozen times
-            self._sizes[name] = sizes(self.kernel(name).__name__, self.m, self.n, self.d, self.dtype)
+            kernel = self.kernel(name).__name__
+            self._sizes[name] = sizes(kernel, self.m, self.n, self.d, self.dtype, target_of(self.device))
         return self._sizes[name]
 
     def programs(self, name: str) -> int:

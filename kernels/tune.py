@@ -3,9 +3,10 @@
     python -m vwn_ref.kernels.tune step_backward 4,8 --widths 1024 4096 --set BD=64,128 maxnreg=0,168 --programs 8 12
 
 times every combination; the first line of each width is launch.py's own choice. --set takes those of BD, BT,
-num_warps, num_stages, AHEAD and GRAM that `launch.sizes` gives for the kernel, and maxnreg (registers of a thread at
+num_warps, num_stages, AHEAD and GRAM that `launch.sizes` gives for the kernel (BD not up to 4 slots, where it is a
+whole row, nor of `group_norm`), and maxnreg (registers of a thread at
 most, 0 for no limit); of `weights` BR, BD, num_warps, num_stages and each, see `launch.Stretch`. --programs: on a
-multiprocessor.
+multiprocessor (of `group_norm` for each group; the forward walks have as many as there are blocks of tokens).
 
 A time is the median by PyTorch's profiler over a few runs of the operation that launches the kernel, forward and
 backward, inputs drawn anew and L2 read full of something else before each. --dry-run calls every combination once,
@@ -21,7 +22,7 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -42,6 +43,8 @@ def combinations(given: list[str], programs: list[int]) -> list[dict]:
         except ValueError as error:
             raise ValueError(f"--set {text}: must be NAME=INTEGER,INTEGER…") from error
     if programs:
+        if min(programs) < 1:
+            raise ValueError(f"--programs {min(programs)}: must be ≥ 1")
         lists["programs"] = programs
     found = [dict(zip(lists, chosen, strict=True)) for chosen in itertools.product(*lists.values())]
     return [{}, *(x for x in found if x)]
@@ -57,7 +60,8 @@ def changed(kernel: str, change: dict) -> Iterator[None]:
         found = sizes(name, *shape)
         if name.removesuffix("_kernel") != kernel:
             return found
-        known = [x for x in SETTABLE if x in found] + ["maxnreg"]
+        whole = name.startswith(("few_", "group_"))  # its rows, of BD places: with fewer another thing is computed
+        known = [x for x in SETTABLE if x in found and not (x == "BD" and whole)] + ["maxnreg"]
         if own.keys() - set(known):
             raise ValueError(f"--set {', '.join(own)}: must be of {', '.join(known)} for {kernel}")
         found |= {k: type(found[k])(v) if k in found else v for k, v in own.items()}
@@ -112,12 +116,16 @@ def times(task: bench.Task, kernel: str, changes: list[dict], clock: bench.Bench
     return found
 
 
-def _median(once, kernel: str) -> float:
+def _median(once: Callable[[], None], kernel: str) -> float:
+    """Raises RuntimeError where the kernel was not launched."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         for _ in range(REPEATS):
             once()
         torch.cuda.synchronize()
-    return statistics.median(x.device_time for x in profiler.events() if x.name == f"{kernel}_kernel")
+    found = [x.device_time for x in profiler.events() if x.name == f"{kernel}_kernel"]
+    if not found:
+        raise RuntimeError(f"no {kernel}_kernel among the launched: {sorted({x.name for x in profiler.events()})}")
+    return statistics.median(found)
 
 
 def main(arguments: list[str] | None = None) -> list[dict]:
@@ -158,9 +166,9 @@ def main(arguments: list[str] | None = None) -> list[dict]:
             head = {"kernel": family + asked.kernel, "m": m, "n": n, "D": D, "tokens": tokens}
             rows.append(head | change | {"median_us": median})
             bench.show(rows[-1:])
-    if asked.out is not None:
-        facts = {k: v for k, v in bench.about(clock, None).items() if k != "dry_run"}
-        bench.write_text(asked.out, json.dumps(facts | {"rows": rows}, indent=1) + "\n")
+        if asked.out is not None:
+            facts = {k: v for k, v in bench.about(clock, None).items() if k != "dry_run"}
+            bench.write_text(asked.out, json.dumps(facts | {"rows": rows}, indent=1) + "\n")
     return rows
 
 

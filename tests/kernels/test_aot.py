@@ -103,10 +103,13 @@ def test_instructions_by_hand():
     "change, fault",
     [
         ({}, ""),
-        ({"spilled": 16, "m": 2, "n": 3}, "spilled = 16: must be ≤ 8 on sm_90"),
+        ({"spilled": 8, "m": 2, "n": 3}, "spilled = 8: must be 0 on sm_90"),
+        ({"spilled": 16, "m": 2, "n": 3, "kernel": "step_backward"}, "spilled = 16: must be ≤ 8 on sm_90"),
         ({"spilled": 8, "dtype": "fp32"}, "spilled = 8: must be 0 on sm_90"),
-        ({"spilled": 400}, ""),  # by tiles of bfloat16, which were chosen by time
-        ({"spilled": 408}, "spilled = 408: must be ≤ 400 on sm_90"),
+        ({"spilled": 64}, ""),  # by tiles of bfloat16, which were chosen by time
+        ({"spilled": 72}, "spilled = 72: must be ≤ 64 on sm_90"),
+        ({"spilled": 216, "kernel": "step_backward"}, ""),
+        ({"spilled": 224, "kernel": "step_backward"}, "spilled = 224: must be ≤ 216 on sm_90"),
         ({"spilled": 8, "m": 2, "n": 3, "shared": 0, "target": "sm_80"}, ""),
         ({"shared": 232_449}, "shared = 232449: must be ≤ 232448"),
         ({"shared": 65_537, "target": "gfx942"}, "shared = 65537: must be ≤ 65536"),
@@ -137,8 +140,10 @@ def test_the_kept_table_of_an_older_triton():
     for row in kept["rows"]:
         fault = aot.faults(row | {"spilled": 0})
         assert not fault, aot.line(row)
+        many = row["n"] > 4 and row["dtype"] == "bf16"  # as they were timed, with this Triton
+        most = {(True, True): 400, (True, False): 128}.get((many, row["kernel"].endswith("backward")), 0)
         small = row["kernel"].endswith("backward") and row["spilled"] <= {"bf16": 80, "fp32": 240}[row["dtype"]]
-        assert not aot.faults(row) or small, aot.line(row)
+        assert row["spilled"] <= most or small, aot.line(row)
 
 
 @pytest.mark.skipif(not aot.launch.INTERPRETED, reason="nothing is interpreted here")

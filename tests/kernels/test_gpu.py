@@ -97,7 +97,7 @@ def test_width_and_depth(m, n, dtype, static):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("m, n", SHAPES, ids=str)
+@pytest.mark.parametrize("m, n", [*SHAPES, (4, 16)], ids=str)
 def test_the_same_bits_twice(m, n, dtype):
     case, groups = (m, n, 1024 // m, (16384,), dtype), n % m == 0
     first, second = (values.two_sublayers(fused, *case, groups=groups) for _ in range(2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import NamedTuple
 
 import pytest
 
@@ -43,20 +44,53 @@ def test_what_is_changed_and_put_back(monkeypatch):
 def test_a_dry_run(tmp_path, capsys):
     file = tmp_path / "rows.json"
     rows = tune.main([
-        "step_backward", "2,3", "--widths", "1024", "--set", "BD=32,64", "--programs", "1", "--dry-run", "--out",
+        "step_backward", "2,3", "--widths", "1024", "--set", "num_warps=1,2", "--programs", "1", "--dry-run", "--out",
         str(file),
     ])  # fmt: skip
     head = {"kernel": "few_step_backward", "m": 2, "n": 3, "D": 16, "tokens": 3, "median_us": None}
-    assert rows == [head, *(head | {"BD": x, "programs": 1} for x in (32, 64))]
+    assert rows == [head, *(head | {"num_warps": x, "programs": 1} for x in (1, 2))]
     assert json.loads(file.read_text())["rows"] == rows
     assert capsys.readouterr().out.count("kernel few_step_backward") == 3
+
+
+@pytest.mark.skipif(not launch.INTERPRETED, reason="a dry run is interpreted")
+@pytest.mark.parametrize("kernel", ["weights", "group_norm", "width_backward"])
+def test_other_kernels(kernel):
+    rows = tune.main([kernel, "2,4", "--widths", "1024", "--set", "num_warps=2", "--dry-run"])
+    assert [row.get("num_warps") for row in rows] == [None, 2] and rows[0]["kernel"].endswith(kernel)
+
+
+def test_the_median_is_of_that_kernel(monkeypatch):
+    class Event(NamedTuple):
+        name: str
+        device_time: float
+
+    launched = [Event("few_step_kernel", 5.0), Event("other_kernel", 9.0), Event("few_step_kernel", 7.0)]
+
+    class Profiler:
+        def __init__(self, activities): ...
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error): ...
+        def events(self):
+            return launched
+
+    monkeypatch.setattr(torch.profiler, "profile", Profiler)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    calls = []
+    assert tune._median(lambda: calls.append(1), "few_step") == 6.0 and len(calls) == tune.REPEATS
+    with pytest.raises(RuntimeError, match=r"no step_kernel among the launched: \['few_step_kernel', 'other_kernel'\]"):
+        tune._median(lambda: None, "step")
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (["step", "4", "--dry-run"], "shape 4: must be m,n, such as 4,8"),
-        (["step", "2,3", "--set", "M=3", "--dry-run"], "--set M: must be of BD, num_warps, maxnreg for few_step"),
+        (["step", "2,3", "--set", "M=3", "--dry-run"], "--set M: must be of num_warps, maxnreg for few_step"),
+        (["step", "2,3", "--set", "BD=16", "--dry-run"], "--set BD: must be of num_warps, maxnreg for few_step"),
+        (["step", "2,3", "--programs", "0", "--dry-run"], "--programs 0: must be ≥ 1"),
         (["weights", "2,3", "--set", "BT=3", "--dry-run"], "--set BT: must be of BR, BD"),
         (["step", "2,3", "--set", "BD", "--dry-run"], "--set BD: must be NAME=INTEGER"),
         (["no_kernel", "2,3", "--dry-run"], "invalid choice: 'no_kernel'"),
