@@ -143,6 +143,7 @@ class Bench:
     flush: Tensor | None = field(default=None, repr=False)
     pause: int = 4_000_000  # clock cycles, some two milliseconds, in which Python queues what is timed
     keep: Callable[[list[dict]], None] = lambda rows: None  # writes the rows that a stage has so far
+    compiled_before: bool = False  # by --compile-only
 
     def why_stop(self) -> str | None:
         """Why nothing more can be measured in this stage: its time is over, or an error has left the GPU unusable."""
@@ -516,13 +517,18 @@ def warm(function: Callable, jobs: Iterable, seconds: float, most: int = 16) -> 
         pool.join()
 
 
+def ops_to_compile() -> list[Task]:
+    """Of `tasks`: each kernel of ours once, and the reference's steps that are measured first."""
+    todo = tasks(False)
+    first = {t._replace(tokens=0): t for t in todo if t.implementation == "fused"}.values()
+    return [*first, *(t for t in todo if t.implementation == "compiled" and t.op == "step")]
+
+
 def ops(bench: Bench) -> dict:
     """Every operation alone."""
     todo = tasks(bench.dry)
-    if not bench.dry:
-        first = {t._replace(tokens=0): t for t in todo if t.implementation == "fused"}.values()
-        compiled = [t for t in todo if t.implementation == "compiled" and t.op == "step"]
-        warm(_warm, [*first, *compiled], 0.4 * (bench.deadline - time.monotonic()))
+    if not bench.dry and not bench.compiled_before:
+        warm(_warm, ops_to_compile(), 0.4 * (bench.deadline - time.monotonic()))
     rows, missing = [], []
     for t in todo:
         reason = bench.why_stop()
@@ -699,14 +705,25 @@ def _warm_model(t: Model) -> None:
         step(draw())
 
 
+def models_to_compile(bench: Bench) -> list[Model]:
+    """Of `models`; by our kernels, which `ops` compiles, the sublayers' graphs are those of any (m, n)."""
+    todo = [t for t in models(bench) if t.way != "reference"]
+    return list({(t.way, t.D, (t.m, t.n) if t.way == "compiled" else None): t for t in todo}.values())
+
+
+def compile_only(bench: Bench) -> None:
+    """Into the caches on disk, until the deadline: what may be done while the tests run, and not while times are
+    measured."""
+    warm(_warm_model, models_to_compile(bench), 0.4 * (bench.deadline - time.monotonic()), most=4)
+    warm(_warm, ops_to_compile(), bench.deadline - time.monotonic())
+
+
 def steps(bench: Bench) -> dict:
     """Whole training steps, and their ratios to the plain model's."""
     todo = models(bench)
     bench.flush = None  # it would be in every peak
-    if not bench.dry:
-        # by our kernels, which `ops` has compiled, the sublayers' graphs are those of any (m, n)
-        distinct = {(t.way, t.D, (t.m, t.n) if t.way == "compiled" else None): t for t in todo if t.way != "reference"}
-        warm(_warm_model, distinct.values(), 0.4 * (bench.deadline - time.monotonic()), most=4)
+    if not bench.dry and not bench.compiled_before:
+        warm(_warm_model, models_to_compile(bench), 0.4 * (bench.deadline - time.monotonic()), most=4)
     rows, missing = [], []
     for t in todo:
         reason = bench.why_stop()
@@ -890,6 +907,10 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument("--out", type=Path, default=FOLDER, help="default: figures/data/gpu of this repository")
     parser.add_argument("--commit", help="name of the code that runs, where that cannot be asked of git")
     parser.add_argument("--dry-run", action="store_true", help="tiny, on the CPU, timing nothing")
+    parser.add_argument(
+        "--compile-only", action="store_true", help="measure nothing, compile what the stages will need"
+    )
+    parser.add_argument("--compiled", action="store_true", help="that has been done: compile nothing ahead")
     asked = parser.parse_args(arguments)
     if asked.dry_run:
         if not fused.INTERPRETED:  # Triton looks at this as it is imported, which it has been: start again
@@ -902,7 +923,11 @@ def main(arguments: list[str] | None = None) -> Path:
     if not asked.dry_run and asked.minutes <= 0:
         parser.error(f"--minutes {asked.minutes}: must be > 0")
 
-    bench = Bench(asked.dry_run, torch.device("cpu" if asked.dry_run else "cuda"))
+    bench = Bench(asked.dry_run, torch.device("cpu" if asked.dry_run else "cuda"), compiled_before=asked.compiled)
+    if asked.compile_only:
+        bench.deadline = time.monotonic() + 60 * asked.minutes
+        compile_only(bench)
+        return asked.out
     facts = about(bench, asked.commit)
     name = "dry-run" if bench.dry else facts["device"].replace(" ", "-").replace("/", "-")
     folder = asked.out / name

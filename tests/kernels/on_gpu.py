@@ -1,6 +1,7 @@
 """All that needs a GPU, unattended: `make gpu`; where nothing can be installed, `python3 tests/kernels/on_gpu.py`.
 
-    tests    test_gpu.py, several at a time; alone what needs the memory for itself, and last compute-sanitizer
+    tests    test_gpu.py, several at a time; alone what needs the memory for itself, and last compute-sanitizer.
+             Where there are CPUs and memory for both, what the benchmark needs is compiled meanwhile
     bench    `vwn_ref.kernels.bench`, so many minutes
     report   README's table
 
@@ -12,6 +13,7 @@ vwn_ref need not be installed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -20,6 +22,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,6 +63,23 @@ def run(*command: str, env: dict[str, str]) -> int:
     return subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=env).returncode
 
 
+@contextlib.contextmanager
+def compiling(env: dict[str, str], minutes: float) -> Iterator[bool]:
+    """The benchmark's code is compiled meanwhile; whether that is so. It ends with the block at the latest."""
+    import torch
+
+    enough = (os.cpu_count() or 1) >= 8 and torch.cuda.get_device_properties(0).total_memory > 100e9
+    command = [sys.executable, "-m", "vwn_ref.kernels.bench", "--compile-only", "--minutes", str(minutes)]
+    process = subprocess.Popen(command, cwd=ROOT, env=env) if enough else None
+    try:
+        yield enough
+    finally:
+        if process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=60 * minutes)
+            process.kill()
+
+
 def tests(env: dict[str, str], workers: int, scratch: Path) -> dict:
     """What each part of test_gpu.py came to."""
     found = {}
@@ -90,14 +110,15 @@ def main(arguments: list[str] | None = None) -> int:
             env |= overlay(Path(name))
         has_workers = importlib.util.find_spec("xdist") is not None
         workers = (asked.workers or min(6, os.cpu_count() or 1)) if has_workers else 1
-        found = tests(env, workers, Path(name))
+        with compiling(env, min(2.0, asked.minutes / 3)) as compiled:
+            found = tests(env, workers, Path(name))
         facts = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": asked.commit}
         folder = asked.out / facts["device"].replace(" ", "-").replace("/", "-")
         folder.mkdir(parents=True, exist_ok=True)
         whole = {"stage": "tests", "dry_run": False, "rows": [{"part": p} | row for p, row in found.items()], **facts}
         (folder / "tests.json").write_text(json.dumps(whole, indent=1) + "\n")
         commit = ["--commit", asked.commit] if asked.commit else []
-        bench = ["--minutes", str(asked.minutes), "--out", str(asked.out), *commit]
+        bench = ["--minutes", str(asked.minutes), "--out", str(asked.out), *commit, *["--compiled"] * compiled]
         statuses = [
             *(row["status"] for row in found.values()),
             run("vwn_ref.kernels.bench", *bench, env=env),

@@ -126,6 +126,28 @@ def test_everything_important_is_asked_for():
     assert {(t.m, t.n) for t in full if t.implementation.startswith("package")} == {(1, 4)}
 
 
+def test_what_is_compiled_ahead(monkeypatch):
+    plain = bench.Model("plain", None, None, 1024, 8, 16, 2048)
+    vwn = [plain._replace(way=way, m=2, n=3) for way in bench.WAYS]
+    asked = []
+    monkeypatch.setattr(bench, "models", lambda made: [plain, *vwn, vwn[0]._replace(m=4, n=8), plain])
+    monkeypatch.setattr(bench, "warm", lambda f, jobs, seconds, most=16: asked.append((f, list(jobs), seconds, most)))
+    made = bench.Bench(False, torch.device("cuda"), deadline=time.monotonic() + 100)
+    bench.compile_only(made)
+    (f, models, seconds, most), (g, ops, rest, _) = asked
+    assert (f, g, most) == (bench._warm_model, bench._warm, 4) and 39 < seconds < 41 and 99 < rest < 101
+    assert set(models) == {plain, vwn[0]._replace(m=4, n=8), vwn[2]} or set(models) == {plain, vwn[0], vwn[2]}
+    fused = {t._replace(tokens=0) for t in bench.tasks(False) if t.implementation == "fused"}
+    assert {t._replace(tokens=0) for t in ops if t.implementation == "fused"} == fused and len(ops) > len(fused)
+    assert {t.op for t in ops if t.implementation != "fused"} == {"step"}
+
+    asked.clear()
+    made.deadline, made.compiled_before = 0.0, True  # then nothing is compiled, and with no time left nothing measured
+    for stage in (bench.ops, bench.steps):
+        assert stage(made)["rows"] == []
+    assert asked == []
+
+
 # ------------------------------------------------------------------------------------------------------ a dry run
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import on_gpu
 import pytest
@@ -25,6 +26,7 @@ def gpu(monkeypatch):
     """A GPU by name, and the commands that were run; each ends with the status that `statuses` has for its module."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU/80")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80e9))
     commands, statuses = [], {}
 
     def run(*command, env):
@@ -57,6 +59,30 @@ def test_a_failure_stops_nothing_but_is_told(gpu, tmp_path):
     statuses["pytest"], commands[:] = 0, []
     assert on_gpu.main(["--out", str(tmp_path), "--minutes", "3"]) == 0
     assert commands[3] == ("vwn_ref.kernels.bench", "--minutes", "3.0", "--out", str(tmp_path))
+
+
+@pytest.mark.parametrize("cpus, memory, both", [(16, 141e9, True), (4, 141e9, False), (16, 80e9, False)])
+def test_what_the_benchmark_needs_is_compiled_meanwhile(gpu, tmp_path, monkeypatch, cpus, memory, both):
+    commands, _ = gpu
+    events = []
+
+    class Popen:
+        def __init__(self, command, cwd, env):
+            events.append(("started", len(commands), command[3:5]))
+
+        def wait(self, timeout):
+            events.append(("waited for", len(commands), timeout))
+
+        def kill(self):
+            events.append("ended")
+
+    monkeypatch.setattr(on_gpu.subprocess, "Popen", Popen)
+    monkeypatch.setattr(on_gpu.os, "cpu_count", lambda: cpus)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=memory))
+    assert on_gpu.main(["--out", str(tmp_path), "--minutes", "3"]) == 0
+    started = ("started", 0, ["--compile-only", "--minutes"])
+    assert events == ([started, ("waited for", 3, 60.0), "ended"] if both else [])  # before the benchmark
+    assert (commands[3][-1] == "--compiled") == both
 
 
 def test_every_test_is_in_one_part():
