@@ -899,6 +899,13 @@ def driver() -> str | None:
     return found[0] if found else None
 
 
+def interpret(module: str, arguments: list[str] | None) -> None:
+    """Start the module again where nothing is interpreted: Triton asks as it is imported, which it has been."""
+    if not fused.INTERPRETED:
+        os.environ["TRITON_INTERPRET"] = "1"
+        os.execv(sys.executable, [sys.executable, "-m", module, *(arguments or sys.argv[1:])])
+
+
 def main(arguments: list[str] | None = None) -> Path:
     """Run the stages asked for, write a file each; the folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -913,9 +920,7 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument("--compiled", action="store_true", help="that has been done: compile nothing ahead")
     asked = parser.parse_args(arguments)
     if asked.dry_run:
-        if not fused.INTERPRETED:  # Triton looks at this as it is imported, which it has been: start again
-            os.environ["TRITON_INTERPRET"] = "1"
-            os.execv(sys.executable, [sys.executable, "-m", "vwn_ref.kernels.bench", *(arguments or sys.argv[1:])])
+        interpret("vwn_ref.kernels.bench", arguments)
     elif not torch.cuda.is_available():
         parser.error("no GPU here, and so nothing to measure: must run where there is one, or with --dry-run")
     elif fused.INTERPRETED:

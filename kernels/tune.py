@@ -19,14 +19,13 @@ import argparse
 import contextlib
 import itertools
 import json
-import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from vwn_ref.kernels import bench, fused, launch
+from vwn_ref.kernels import bench, launch
 
 OPERATIONS = {"group_norm": "last", "weights": "step"}  # kernel -> the operation that launches it; else its own name
 SETTABLE = ("BD", "BT", "num_warps", "num_stages", "AHEAD", "GRAM")
@@ -146,9 +145,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     except ValueError:
         parser.error(f"shape {asked.shape}: must be m,n, such as 4,8")
     if asked.dry_run:
-        if not fused.INTERPRETED:  # Triton looks at this as it is imported, which it has been: start again
-            os.environ["TRITON_INTERPRET"] = "1"
-            os.execv(sys.executable, [sys.executable, "-m", "vwn_ref.kernels.tune", *(arguments or sys.argv[1:])])
+        bench.interpret("vwn_ref.kernels.tune", arguments)
     elif not torch.cuda.is_available():
         parser.error("no GPU here, and so nothing to time: must run where there is one, or with --dry-run")
     clock = bench.Bench(asked.dry_run, torch.device("cpu" if asked.dry_run else "cuda"))
