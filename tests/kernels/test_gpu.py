@@ -58,7 +58,8 @@ def memory_given_back():
     "m, n, D, tokens, dtype",
     [
         *((*shape, 1024, tokens, dtype) for tokens in (4096, 16384) for shape in SHAPES for dtype in DTYPES),
-        *((*shape, 4096, 4096, torch.bfloat16) for shape in SHAPES),  # the widest that bench.py times
+        *((*shape, D, 4096, torch.bfloat16) for D in (4096, 2048) for shape in SHAPES),  # as bench.py times them
+        *((*shape, D, 4096, torch.bfloat16) for D in (4096, 2048) for shape in ((1, 4), (4, 16))),
         (2, 3, 1024, 4099, torch.bfloat16),  # a last block that is not full
         (2, 3, 4096, 4096, torch.float32),  # rows of a token over eight warps
         (2, 4, 2048, 4096, torch.bfloat16),  # over four, and half as many columns each
