@@ -5,7 +5,9 @@ Every tensor that a kernel is to fill is full of NaN before. On a machine with a
 
 from __future__ import annotations
 
+import functools
 import itertools
+import operator
 
 import helpers
 import pytest
@@ -15,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import nn
 from triton.runtime.interpreter import InterpreterBuilder
-from vwn_ref.kernels import fused, tiles
+from vwn_ref.kernels import fused, rows, tiles
 from vwn_ref.kernels import launch as launching
 
 from vwn_ref import dynamic, ghc
@@ -284,6 +286,24 @@ def test_reaching_for_the_next_rows_changes_nothing(monkeypatch, m, n, d, dtype,
         monkeypatch.setattr(launching, "AHEAD", ahead)
         found.append(two_sublayers(fused, m, n, d, (5,), dtype, groups=groups and n % m == 0))
     assert all(torch.equal(t, found[1][name]) for name, t in found[0].items())
+
+
+@pytest.mark.parametrize("left", [3, 1, 0, -2])
+def test_touch_reads_every_32_bytes_of_rows_that_are_there(left):
+    """And nothing of what lies behind a row or behind the last token."""
+    R, D, BD = 3, 40, 64
+    x = torch.randint(1, 2**14, (4 * R * D,), dtype=torch.int16).to(DEVICE)
+    found = torch.full((BD // 16,), -1, dtype=torch.int16, device=DEVICE)
+
+    @triton.jit
+    def kernel(pointer, left, out, R: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+        touched = rows.touch(pointer, left, R, D, BD)
+        tl.store(out + tl.arange(0, BD // 16), rows.gather(tl.zeros((BD // 16,), tl.int16), touched))
+
+    kernel[(1,)](x.view(torch.bfloat16), left, found, R=R, D=D, BD=BD)
+    there = x[: R * D].view(R, D)[:, ::16]  # columns 0, 16 and 32
+    wanted = [functools.reduce(operator.or_, column.tolist()) for column in there.T] if left > 0 else [0, 0, 0]
+    assert found.tolist() == [*wanted, 0]
 
 
 @pytest.mark.parametrize("m, n", [(2, 3), (4, 8)], ids=str)
