@@ -140,8 +140,7 @@ def read(
 @triton.jit(do_not_specialize=["T"])
 def few_width_kernel(
     H, X, V, A, S_alpha, norm_gain, T, eps, norm_eps,
-    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DYNAMIC: tl.constexpr,
-    NORM: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DYNAMIC: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """x, or y, of every token."""
     P: tl.constexpr = packed_size(N * M)
@@ -355,8 +354,7 @@ def few_depth_backward_kernel(
 @triton.jit(do_not_specialize=["T"])
 def few_step_kernel(
     H, Z, OUT, X, V, A, B, S_alpha, S_beta, next_A, next_S, norm_gain, T, eps, next_eps, norm_eps,
-    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DYNAMIC: tl.constexpr,
-    NORM: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DYNAMIC: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """The next width reads the new state as it was stored, rounded."""
     P: tl.constexpr = packed_size(N * (N + M))

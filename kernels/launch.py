@@ -241,15 +241,17 @@ def stretch(m: int, n: int, d: int, columns: int, dtype: torch.dtype) -> Stretch
 
 
 def weight_sizes(
-    m: int, n: int, d: int, read: int, write: int, dtype: torch.dtype, amd: bool = bool(torch.version.hip)
-) -> dict:
+    m: int, n: int, d: int, read: int, write: int, dtype: torch.dtype, target: str = TUNED
+) -> dict:  # fmt: skip
     """The compile-time arguments of `weights_kernel`, for so many columns of a width and of a depth, and num_warps and
     num_stages. AMD's GPUs have shared memory for one stretch ahead."""
     split, chosen = dtype == torch.bfloat16, stretch(m, n, d, read + write, dtype)
+    if not target.startswith("sm_"):
+        chosen = chosen._replace(num_stages=min(chosen.num_stages, 2))
     least = 8 if split and LEAST_SUM == 8 else 16  # an older Triton has no such product for Hopper's warp groups
     return {
         "D": d, "READ": read, "WRITE": write, "KP": max(least, next_power_of_2(read + write)), "BR": chosen.BR,
-        "BD": chosen.BD, "num_warps": chosen.num_warps, "num_stages": min(chosen.num_stages, 2 if amd else 99),
+        "BD": chosen.BD, "num_warps": chosen.num_warps, "num_stages": chosen.num_stages,
         "PREC": "bf16" if split else precision(dtype),
     }  # fmt: skip
 
@@ -435,7 +437,7 @@ class Launch:
         """Σ H′ᵀ E over tokens and slots, in S parts: [S, d_b, columns]; those of a width before those of a depth."""
         rows, d = self.T * self.n, self.d
         read, write = (0 if E is None else E.shape[-1] for E in (E_read, E_write))
-        constants = weight_sizes(self.m, self.n, d, read, write, H.dtype)
+        constants = weight_sizes(self.m, self.n, d, read, write, H.dtype, target_of(self.device))
         splits = weight_splits(self.device, rows, self.m, self.n, d, read + write, H.dtype)
         partial = torch.empty((splits, d, read + write), dtype=torch.float32, device=self.device)
         with self.on_device():

@@ -3,10 +3,10 @@
     python -m vwn_ref.kernels.tune step_backward 4,8 --widths 1024 4096 --set BD=64,128 maxnreg=0,168 --programs 8 12
 
 times every combination; the first line of each width is launch.py's own choice. --set takes those of BD, BT,
-num_warps, num_stages, AHEAD and GRAM that `launch.sizes` gives for the kernel (BD not up to 4 slots, where it is a
-whole row, nor of `group_norm`), and maxnreg (registers of a thread at
-most, 0 for no limit); of `weights` BR, BD, num_warps, num_stages and each, see `launch.Stretch`. --programs: on a
-multiprocessor (of `group_norm` for each group; the forward walks have as many as there are blocks of tokens).
+num_warps, num_stages, AHEAD and GRAM that `launch.sizes` gives for the kernel, but no BD that is a whole row (up to 4
+slots, and `group_norm`), and maxnreg (registers of a thread at most, 0 for no limit); of `weights` BR, BD, num_warps,
+num_stages and each, see `launch.Stretch`. --programs: on a multiprocessor (of `group_norm` for each group; the forward
+walks have as many as there are blocks of tokens).
 
 A time is the median by PyTorch's profiler over a few runs of the operation that launches the kernel, forward and
 backward, inputs drawn anew and L2 read full of something else before each. --dry-run calls every combination once,
@@ -33,7 +33,7 @@ REPEATS = 4
 
 
 def combinations(given: list[str], programs: list[int]) -> list[dict]:
-    """ "A=1,2", "B=3" -> {A: 1, B: 3}, {A: 2, B: 3}, before them none at all; with "programs" where there are some."""
+    """From "A=1,2" and "B=3": nothing at all, {A: 1, B: 3}, {A: 2, B: 3}; with "programs" where there are some."""
     lists = {}
     for text in given:
         name, _, values = text.partition("=")

@@ -184,13 +184,48 @@ def test_few_slots_by_walks_along_long_rows(monkeypatch, m, n, d, tokens, dtype,
 
 @pytest.mark.parametrize(
     "m, n, d, tokens, dtype",
-    [(1, 2, 35, 7, torch.float32), (2, 6, 40, 5, torch.bfloat16), (3, 3, 16, 5, torch.float16)],
+    [
+        (1, 2, 35, 7, torch.float32), (2, 6, 40, 5, torch.bfloat16), (3, 3, 16, 5, torch.float16),
+        (2, 4, 20, 1, torch.float32),  # one token for two programs
+    ],
     ids=str,
-)
+)  # fmt: skip
 def test_groups_in_chunks(monkeypatch, m, n, d, tokens, dtype):
     monkeypatch.setattr(launching, "LONGEST_GROUP", 32)  # of 16, the last one full or not
     case = (m, n, d, (tokens,), dtype)
     assert_close(two_sublayers(fused, *case), two_sublayers(Reference, *case), TOLERANCE[dtype])
+
+
+def test_what_was_timed_is_of_one_target(monkeypatch):
+    """Of another, many.py has narrower tiles, and no limit of registers, which AMD's compiler does not know."""
+    monkeypatch.setattr(launching, "INTERPRETED", False)
+
+    def asked(kernel, n, target):
+        found = launching.sizes(f"many_{kernel}_kernel", 4, n, 256, torch.bfloat16, target)
+        return found["BD"], found["num_stages"], found.get("maxnreg")
+
+    assert [asked("step", n, "sm_90") for n in (8, 16, 64)] == [(128, 1, 168), (128, 1, 128), (128, 1, 168)]
+    assert [asked("step_backward", n, "sm_90") for n in (8, 16, 64)] == [(128, 1, None)] * 3
+    for target in ("sm_80", "sm_100", "hip", "gfx942"):
+        assert asked("step", 64, target) == asked("step_backward", 64, target) == (64, 1, None)
+    assert launching.target_of(torch.device("cpu")) == "sm_90"
+    targets = ("sm_90", "sm_80", "hip", "gfx942")
+    stages = [launching.weight_sizes(8, 64, 128, 8, 72, torch.bfloat16, target)["num_stages"] for target in targets]
+    assert stages == [4, 4, 2, 2]
+
+
+@pytest.mark.parametrize(
+    "kernel, d, dtype, ahead",
+    [
+        ("step_backward", 1024, torch.bfloat16, True), ("step_backward", 2048, torch.bfloat16, False),
+        ("depth_backward", 2048, torch.bfloat16, True), ("step_backward", 512, torch.float32, False),
+        ("step", 512, torch.bfloat16, None),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_who_reaches_for_the_next_rows(monkeypatch, kernel, d, dtype, ahead):
+    monkeypatch.setattr(launching, "AHEAD", True)
+    assert launching.sizes(f"few_{kernel}_kernel", 2, 3, d, dtype).get("AHEAD") is ahead
 
 
 @pytest.mark.parametrize(
