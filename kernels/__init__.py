@@ -6,8 +6,8 @@
 
 `vwn_ref.ops.select` is the way in. Nothing is compiled at import, and Triton is not imported before it is wanted. To
 read the kernels: tiles (what they are made of), width, depth, step and last, which have the formulas; rows and few, the
-same for up to 4 slots (but for last); projections, before them, and weights and finish, after them; launch starts them
-for fused.
+same for up to 4 slots, and many, for all others of bfloat16; projections, before them, and weights and finish, after
+them; launch starts them for fused.
 """
 
 from vwn_ref.kernels.backend import cpu_backend, cpu_backend_forced

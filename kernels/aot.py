@@ -195,7 +195,7 @@ def build(job: Job) -> Build:
     options = {k: constants.pop(k) for k in ("num_warps", "num_stages", "maxnreg") if k in constants}
     constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
     states = STATES | ({"E", "next_E", "E_read", "E_write"} if launch.e_dtype(job.m, job.n, dtype) == dtype else set())
-    if family == "many_" or (job.kernel == "projections" and launch.is_split(job.n, dtype)):
+    if (launch.family("step", job.m, job.n, d, dtype) if job.kernel == "projections" else family) == "many_":
         states |= {"V"}
     signature = {
         a: "constexpr" if a in constants else NUMBERS.get(a) or (f"*{job.dtype}" if a in states else "*fp32")

@@ -1,7 +1,8 @@
 """How the Triton kernels are started: block sizes, numbers of programs, and the memory that they share.
 
-Which kernel runs for a shape, `family` decides: those of few.py, those of many.py, or those that walk along d_b several
-tokens at a time. Those of last.py know no slots, only groups.
+Which kernel runs for a shape, `family` decides: those of few.py where a token's rows fit the registers, of bfloat16
+else those of many.py, and else those that walk along d_b several tokens at a time. Those of last.py know no slots, only
+groups.
 """
 
 from __future__ import annotations
@@ -64,28 +65,25 @@ def whole_rows(m: int, n: int, d: int, bits: int, backward: bool = True) -> int:
 
 
 def family(kernel: str, m: int, n: int, d: int, dtype: torch.dtype) -> str:
-    """What stands before the name of the kernel that is launched: few_ (up to 4 slots), many_ (more, of bfloat16), or
-    nothing."""
-    prefix = "few_" if whole_rows(m, n, d, 8 * dtype.itemsize) else "many_" if is_split(n, dtype) else ""
+    """What stands before the name of the kernel that is launched: few_ (up to 4 slots, unless rows are too long), many_
+    (all others of bfloat16), or nothing."""
+    prefix = "few_" if whole_rows(m, n, d, 8 * dtype.itemsize) else "many_" if dtype == torch.bfloat16 else ""
     return prefix if prefix + kernel in KERNELS else ""
-
-
-def is_split(n: int, dtype: torch.dtype) -> bool:
-    """Whether products are of bfloat16, and float32 factors in two parts: see `vwn_ref.kernels.many`."""
-    return is_many(n) and dtype == torch.bfloat16
 
 
 def many_tile(n: int, d: int, target: str) -> Tile:
     """For many.py: tokens of a tile, columns of d_b, and a warp for each 16 rows, as tensor cores take them. Nothing is
     loaded ahead. By time on an H200 (NOTES.md) 128 columns are the better choice more often than not, even where some
-    registers spill; other targets, where nothing was timed, spill so much more with them that they take 64."""
-    columns = 32 if INTERPRETED else 128 if target == TUNED else 64
-    return Tile(2 if n <= 8 else 1, max(16, min(columns, next_power_of_2(d))), max(1, next_power_of_2(n) // 16), 1)
+    registers spill. Where nothing was timed, on other targets and up to 4 slots, fewer: there 128 spill far more."""
+    per = 16 // max(2, next_power_of_2(n)) if n <= 8 else 1
+    most = 32 if n <= 2 else 64 if not is_many(n) or target != TUNED else 128
+    columns = 32 if INTERPRETED else most
+    return Tile(per, max(16, min(columns, next_power_of_2(d))), max(1, next_power_of_2(n) // 16), 1)
 
 
 def many_registers(kernel: str, n: int, target: str) -> int:
     """How many a thread may have there: fewer let more programs on a multiprocessor. 0 for no limit but the
-    hardware's, which is best where many have to be kept."""
+    hardware's: with one, step_backward was slower."""
     if INTERPRETED or target != TUNED or kernel.endswith("backward_kernel"):
         return 0
     return 128 if 8 < n <= 16 else 168
@@ -93,7 +91,7 @@ def many_registers(kernel: str, n: int, target: str) -> int:
 
 def tile(kernel: str, m: int, n: int, d: int, bits: int) -> Tile:
     """One good choice a kernel, the same for every number of tokens, among those that `vwn_ref.kernels.aot` compiles
-    without spilling registers. Which is fastest, `vwn_ref.kernels.bench` says where there is a GPU.
+    without spilling registers. Which is fastest, `vwn_ref.kernels.tune` says where there is a GPU.
 
     As a rule one warp a program, so that no warp waits for another, and several tokens, so that one load of the
     projections serves them all. More than 16 slots: four or more warps, which share a token's matrix products.
@@ -115,8 +113,8 @@ def _kind(n: int) -> int:
     return 0 if not is_many(n) else 1 if n <= 8 else 2 if n <= 16 else 3
 
 
-# (kernel, bits of the state) -> for n ≤ 4, n ≤ 8, n ≤ 16, more. Tiles that do not spill on an H100 and load at least a
-# chunk ahead, where there is one that does both; of these, those with the fewest instructions a token: see NOTES.md.
+# (kernel, bits of the state: 16 is float16) -> for n ≤ 4, n ≤ 8, n ≤ 16, more. Tiles that do not spill on an H100 and
+# load at least a chunk ahead, where there is one that does both; of these, those with the fewest instructions a token.
 _TILES = {
     ("width", 16): (Tile(4, 64, 1), Tile(2, 64, 1, 2), Tile(2, 64, 1, 2), Tile(1, 128, 4, 2)),
     ("depth", 16): (Tile(4, 64, 1), Tile(2, 64, 1, 2), Tile(2, 64, 1, 3), Tile(1, 128, 4, 2)),

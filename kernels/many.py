@@ -1,14 +1,16 @@
-"""The kernels for more than 4 slots of bfloat16: a token's matrices whole, and every product on bfloat16 tensor cores
-but the one of H′ H′ᵀ and Å. What they compute is described in width.py, depth.py and step.py.
+"""The kernels for bfloat16 where a token's rows do not fit the registers (few.py): a token's matrices whole, and every
+product on bfloat16 tensor cores but the one of H′ H′ᵀ and Å. What they compute is described in width.py, depth.py and
+step.py.
 
     rows      X [RP, BD]   of a state, of x or of z: BD of the d_b columns, bfloat16 as they lie in memory
     matrix    C [NP, KP]   in float32, slots first: Å and Bᵀ, [n, m], and Â, [n, n]; their projections and gradients
     V         [K, d_b]     in bfloat16, see projections.py
 
 A tensor core takes 16 rows at least. More than 8 slots are filled up to NP, a power of two, and m to MP, 16 or more. Up
-to 8 slots two tokens share a tile (PER = 2): rows of one above those of the other, 8 for each, and matrices on the
-diagonal, 0 beside it. Products of rows by rows give what one token has to do with the other as well; it is never
-stored, and every factor S or A that it meets is 0 there. (0 · NaN is NaN: what is not finite reaches both tokens.)
+to 8 slots PER tokens share a tile, two of 8 slots, four of 4, eight of 2: rows of one above those of the next, 16/PER
+for each, and matrices on the diagonal, 0 beside it. Products of rows by rows give what one token has to do with another
+as well; it is never stored, and every factor S or A that it meets is 0 there. (0 · NaN is NaN: what is not finite
+reaches all of them.)
 
 A product takes a state as it is, with no conversion on the way from memory to the tensor core. A factor in float32 is
 taken in two parts of 8 bits each, which keeps some 16 (two such factors take three products); V, e = rstd · ∂L/∂q and

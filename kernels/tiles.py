@@ -9,16 +9,16 @@ Notation, as in `vwn_ref.ghc` and `vwn_ref.dynamic`. One program works on BT tok
 
 16-bit numbers become float32 as they are loaded and 16-bit again as they are stored: all arithmetic is in float32.
 
-These are the kernels for more than 4 slots, and for fewer where d_b is too long for the registers: see rows.py for the
-others. Sums over slots and segments are short (R ≤ 72), sums over d_b are long. Long ones go to the
-tensor cores (`tl.dot`). Of the short ones, `mix`, `unmix` and `spread` have two forms, chosen by n (`MANY` is True from
-n = 5 on):
+These are the kernels for float32 and float16 with more than 4 slots, and with fewer where d_b is too long for the
+registers: see rows.py and many.py for the others. Sums over slots and segments are short (R ≤ 72), sums over d_b are
+long. Long ones go to the tensor cores (`tl.dot`). Of the short ones, `mix`, `unmix` and `spread` have two forms, chosen
+by n (`MANY` is True from n = 5 on):
 
     few slots    multiply and add, element by element. A tensor core would fill its 16 × 8 tile with padding: for
                  (2, 3), 9 of 128 products would count, and the two fp32 operations a byte that it takes are few.
-    many slots   tensor cores. (8, 64) has some 36 flops a byte, too many for multiply-and-add: an H100 is bound by
-                 memory up to about 20. And element by element every thread holds all n (m+n) coefficients, in the
-                 backward pass their gradients too: for (4, 8) 192 of the 255 registers there are, and it spilled.
+    many slots   tensor cores. (8, 64) has some 36 flops a byte of float32, too many for multiply-and-add: an H100 is
+                 bound by memory up to about 20. And element by element every thread holds all n (m+n) coefficients, in
+                 the backward pass their gradients too: for (4, 8) 192 of the 255 registers there are.
 
 PREC is how `tl.dot` treats float32: "tf32" (11 significant bits) where states have 16 bits, whose 8 or 11 bits it holds
 without loss, so that only coefficients are rounded, to 2⁻¹¹; for float32 states "tf32x3" (three products, some 22

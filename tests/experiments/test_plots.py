@@ -57,8 +57,8 @@ def test_loss_against_r(sweep):
     plots.loss_against_r(ax, sweep, reference=("elsewhere: −1", -1.0))
     said = [text.get_text() for text in ax.get_legend().get_texts()]
     assert said == [
-        "wide table (2): −0.100 ± 0.000 (3 seeds)",
-        "low-rank table (3): −0.050 (1 seed)",
+        "wide table, Eq. (2): −0.100 ± 0.000 (3 seeds)",
+        "low-rank table, Eq. (3): −0.050 (1 seed)",
         "elsewhere: −1",
     ]
     lines = {line.get_label(): line for line in ax.get_lines()}

@@ -69,9 +69,9 @@ def test_slopes_prices_and_differences(data):
     assert f"2 seeds), each doubling of r from 1 to 8 changes the next-token loss by {wide} nats on average" in text
     assert "times plain's parameters and 3.5 times its arithmetic" in text
     assert "by these factors: 3.36× (3.36 to 3.36) and 3.36× (3.36 to 3.36) at D = 16." in text  # 2 ** 1.75
-    assert "a line: +0.000 ± 0.000 and +0.000 ± 0.000) and no" in text and "billion active parameters)." in text
-    assert f"| next token | wide table (2) | {wide} | {wide} | +0.000 ± 0.000 | −1.750 ± 0.000 |" in lines
-    assert f"| next-2 token | low-rank table (3) | {low} | {low} | – | – |" in lines  # no r8-lowrank
+    assert "a line, is +0.000 ± 0.000 and +0.000 ± 0.000 (next" in text and "0.8 billion active parameters." in text
+    assert f"| next token | wide table, Eq. (2) | {wide} | {wide} | +0.000 ± 0.000 | −1.750 ± 0.000 |" in lines
+    assert f"| next-2 token | low-rank table, Eq. (3) | {low} | {low} | – | – |" in lines  # no r8-lowrank
     assert "| plain | 2 | 1.00× | 1.00× | 1.0× | 4.250 | 5.250 |" in lines
     assert next(x for x in lines if x.startswith("| r4 |")).endswith("2.0× | −1.500 ± 0.000 | −1.500 ± 0.000 |")
     assert " – | " in next(x for x in lines if x.startswith("| r2-lowrank |"))  # its step was not timed
@@ -138,9 +138,9 @@ def test_backbones_side_by_side(data):
             r = 1 if run.config.model.is_plain else run.config.model.r
             keep(data / "b_d32" / run.name, run.config, 3 - 0.1 * math.log2(r))
     lines = readme.backbones(data).splitlines()[2:]
-    slope, gain = (f"−{x:.3f}\u00a0±\u00a00.000" for x in (0.25, 1.75))
-    assert lines[0] == f"| 16 | 30 | 2 | next token | {slope} | {gain} | – | – |"  # no r8-lowrank
-    assert lines[2] == "| 32 | 30 | 1 | next token | −0.100 | −0.300 | – | – |" and len(lines) == 4
+    slope, gain, routing = (f"−{x:.3f}\u00a0±\u00a00.000" for x in (0.25, 1.75, 1.0))
+    assert lines[0] == f"| 16 | 30 | 2 | next token | {slope} | {gain} | {routing} | – | – |"  # no r8-lowrank
+    assert lines[2] == "| 32 | 30 | 1 | next token | −0.100 | −0.300 | +0.000 | – | – |" and len(lines) == 4
 
 
 def test_what_the_middle_layers_give(data):

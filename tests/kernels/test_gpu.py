@@ -72,9 +72,10 @@ def memory_given_back():
         (4, 32, 2048, 2048, torch.bfloat16),
         (4, 8, 1024, 4096, torch.float16),  # walks
         (2, 3, 1000, 4096, torch.bfloat16),  # part of a row is padding
-        (2, 3, 12288, 1024, torch.bfloat16),  # rows that are too long for the registers: walks
-        (2, 4, 12288, 1024, torch.bfloat16),  # and a group that is
-        (2, 4, 9000, 1024, torch.float32),
+        (2, 3, 12288, 1022, torch.bfloat16),  # rows that are too long for the registers: four tokens a tile
+        (1, 2, 8192, 1021, torch.bfloat16),  # eight
+        (2, 4, 12288, 1024, torch.bfloat16),  # and a group that is too long
+        (2, 4, 9000, 1024, torch.float32),  # walks
         (3, 6, 2880, 4096, torch.bfloat16),  # part of a group is padding
     ],
     ids=str,
@@ -225,7 +226,7 @@ EVERY_KERNEL = """
     from torch import nn
     from vwn_ref.kernels import fused, launch
     rows = launch.whole_rows
-    # rows in one warp and in four, walks for few slots, and for more
+    # rows in one warp and in four; few slots as where rows are too long, four tokens a tile or by walks; more slots
     for m, n, d, walk in ((2, 4, 24, False), (2, 4, 520, False), (2, 4, 24, True), (4, 8, 24, True), (8, 64, 24, True)):
         launch.whole_rows = (lambda *_, **options: 0) if walk else rows
         k = m + n

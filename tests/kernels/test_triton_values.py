@@ -169,17 +169,28 @@ def test_two_sublayers_with_their_norms(m, n, d, tokens, dtype, static):
     "m, n, d, tokens, dtype, static",
     [
         (1, 1, 8, 7, torch.float32, False),
-        (1, 4, 12, 5, torch.bfloat16, False),
+        (1, 4, 12, 5, torch.float16, False),
         (2, 3, 96, 7, torch.float32, False),
         (2, 4, 40, 5, torch.float16, False),
         (3, 3, 12, 3, torch.float32, True),
+        (1, 1, 35, 21, torch.bfloat16, False),  # eight tokens a tile
+        (1, 2, 72, 9, torch.bfloat16, False),
+        (2, 2, 40, 1, torch.bfloat16, True),
+        (1, 4, 96, 5, torch.bfloat16, False),  # four
+        (2, 3, 40, 11, torch.bfloat16, False),
+        (3, 3, 12, 3, torch.bfloat16, True),
+        (2, 4, 64, 4, torch.bfloat16, False),
+        (4, 3, 33, 6, torch.bfloat16, False),
     ],
     ids=str,
 )
-def test_few_slots_by_walks_along_long_rows(monkeypatch, m, n, d, tokens, dtype, static):
+def test_few_slots_of_rows_too_long_for_the_registers(monkeypatch, m, n, d, tokens, dtype, static):
+    """bfloat16 several tokens a tile, the others by walks. V is rounded to bfloat16 then: measured at most 1.7e-2."""
     monkeypatch.setattr(launching, "whole_rows", lambda *_: 0)
+    assert launching.family("step", m, n, d, dtype) == ("many_" if dtype == torch.bfloat16 else "")
     case, options = (m, n, d, (tokens,), dtype), {"static": static, "groups": n % m == 0}
-    assert_close(two_sublayers(fused, *case, **options), two_sublayers(Reference, *case, **options), TOLERANCE[dtype])
+    tolerance = 2e-2 if dtype == torch.bfloat16 else TOLERANCE[dtype]
+    assert_close(two_sublayers(fused, *case, **options), two_sublayers(Reference, *case, **options), tolerance)
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def gpu(data: Path) -> Figure:
         keys = {"by bytes and FLOPs": "predicted_step_ratio", "measured": "step_ratio"}
         extra = {}
         for label, key in keys.items():
-            ratios = [report.training(r, D_TRAINED, key)(rows) for r in report.SHAPES]
+            ratios = [report.training(rows, r, D_TRAINED, key) for r in report.SHAPES]
             extra[label] = [None if x is None else x - 1 for x in ratios]
         bars(row[2], [f"{r:g}" for r in report.SHAPES], in_percent(extra), numbers="%.1f")
         row[2].set(title=f"a training step, D = {D_TRAINED}", xlabel="r", ylabel="% over the plain model")

@@ -407,7 +407,7 @@ def fig_4_5(data: Path) -> Figure:
         right.plot(-printed.value, y, "D", ms=8, mfc="none", mec=PAPERS, label=label, zorder=5, linestyle="")
     left.set_xticks(range(4), variants.values())
     left.set(ylabel="final validation loss, next token (nats)", xlim=(-0.5, 3.5), ylim=room(losses, bars))
-    left.set_title("bars: 95 % of the difference to plain")
+    left.set_title("bars: 95 % interval of the difference to plain")
     right.axvline(0, color=PLAIN, linewidth=1)
     right.set_yticks(range(6), mtp_contrasts(there[0]))
     right.xaxis.set_major_locator(MaxNLocator(6))

@@ -245,7 +245,7 @@ def overview(data: Path) -> Figure:
 def r_families(runs: dict[str, list[KeptRun]]) -> dict[str, list[list[KeptRun]]]:
     """Variants of a sweep over r in the order of r: those with a wide table, Eq. (2), and those with a low-rank one,
     Eq. (3). r = 1 needs no wider table, so it begins both."""
-    found: dict[str, list[list[KeptRun]]] = {"wide table (2)": [], "low-rank table (3)": []}
+    found: dict[str, list[list[KeptRun]]] = {"wide table, Eq. (2)": [], "low-rank table, Eq. (3)": []}
     for variant in runs.values():
         model = variant[0].config["model"]
         if model["m"] is not None:
@@ -351,8 +351,8 @@ def r_sweep(data: Path) -> Figure:
         "r = 1: routing without width, on both lines": dot(marker="D", ms=5),
         "r = 1.5: no GroupNorm, not in the fit": dot(marker="o", markerfacecolor="white"),
         "one seed": dot(marker="o", ms=3.5, alpha=0.5),
-        "mean; bar: 95 % of its difference to plain": bar,
-        "95 % of the line, over seeds": mpl.patches.Patch(fc=COLOURS[0], alpha=0.2),
+        "mean; bar: 95 % interval of its difference to plain": bar,
+        "95 % interval of the line, over seeds": mpl.patches.Patch(fc=COLOURS[0], alpha=0.2),
     }
     fig.legend(handles.values(), handles, loc="outside lower center", ncols=3, fontsize=8.5)
     return fig

@@ -142,6 +142,19 @@ ANSWERS = {
         "wide table": minus("r4", "r4-static"),
         "low-rank table": minus("r4-lowrank", "r4-static-lowrank"),
     },
+    ("e_bytes", "single bytes: a wider plain model − plain"): {
+        f"D = {dim}": minus(f"plain-d{dim}", "plain") for dim in (36, 40)
+    },
+    ("e_bytes", "single bytes: r = 4 − a wider plain model"): {
+        f"{model} − plain-d{dim}": minus(model, f"plain-d{dim}")
+        for model, dim in (("r4-static", 36), ("r4-static-lowrank", 36), ("r4", 40), ("r4-lowrank", 40))
+    },
+    ("e_bytes", "single bytes, at half the learning rate: r = 4 − plain"): {
+        kind: minus(f"r4{name}-lr0.005", "plain-lr0.005") for kind, name in (("dynamic", ""), ("static", "-static"))
+    },
+    ("e_bytes", "single bytes: half the learning rate − the whole"): {
+        name: minus(f"{name}-lr0.005", name) for name in ("plain", "r4", "r4-static")
+    },
     ("f_depth", "24 sublayers, r = 2: VWN − plain"): {f"m = {m}": minus(f"m{m}", "plain") for m in (1, 2, 4, 8)},
     ("f_depth", "the same at a quarter of the learning rate"): {
         f"m = {m}": minus(f"m{m}-lr0.005", "plain-lr0.005") for m in (1, 8)
@@ -179,16 +192,16 @@ WHOLE = ("r1", "r2", "r4", "r8")  # the r that are in the fits
 
 
 def r_sweep(data: Path) -> str:
-    """Study A: two sentences, a table of slopes, what the paper's abstract counts, and a folded table of all models."""
+    """Study A: a paragraph, a table of slopes, what the paper's abstract counts, and a folded table of all models."""
     runs = kept_runs(read_sweep(STUDIES / "a_r_sweep.toml", data / "a"))
     if not {"plain", "r1", "r2", "r8"} <= runs.keys():
         raise ValueError(f"{data}: must hold study A in its folder a, plain and r = 1, 2 and 8 at least")
     times = step_times.load(data / "a", runs)
-    parts = [textwrap.fill(two_sentences(data, runs), 139), slopes(runs), textwrap.fill(fewer_tokens(data, runs), 139)]
+    parts = [textwrap.fill(in_words(data, runs), 139), slopes(runs), textwrap.fill(fewer_tokens(data, runs), 139)]
     return "\n\n".join([*parts, every_model(runs, times)])
 
 
-def two_sentences(data: Path, runs: Runs) -> str:
+def in_words(data: Path, runs: Runs) -> str:
     """What the main picture shows, and what it does not."""
     plain = runs["plain"]
     ratio = price_ratio(runs["r8"], plain, None)
@@ -202,23 +215,24 @@ def two_sentences(data: Path, runs: Runs) -> str:
         f"costs {ratio['parameters']:.1f} times plain's parameters and {ratio['arithmetic']:.1f} times its arithmetic, "
         f"a ratio that falls as D grows."
     )
+    second = (
+        f"Whether that is a line: the last doubling minus the first, 0 for a line, is "
+        f"{' and '.join(cell(contrast(runs, bend, loss)) for loss in LOSSES)} (next and next-2 token, here and below). "
+        f"It is no measurement of the paper's slope, "
+        f"{paper.FIG_8_SLOPE.printed.replace('-', '−')} at 0.8 billion active parameters."
+    )
     others = []
     wider = runs_in(data / "b_d64")
     there = [slope(wider, WHOLE, loss) for loss in LOSSES]
     if all(there):
-        others.append(f"at D = 64 the slopes are {' and '.join(map(cell, there))}")
+        others.append(f"At D = 64 the slopes are {' and '.join(map(cell, there))}.")
     rival = [contrast(runs_in(data / "a"), minus("r4", "plain-d24"), loss) for loss in LOSSES]
     if all(rival):
         others.append(
-            f"r = 4 minus a plain model 1.5 times as wide, which costs less in all, is {' and '.join(map(cell, rival))}"
+            f"At D = {model['dim']}, r = 4 minus a plain model 1.5 times as wide, which costs less in all, is "
+            f"{' and '.join(map(cell, rival))}."
         )
-    second = (
-        f"That is no scaling law (the last doubling minus the first, 0 for a line: "
-        f"{' and '.join(cell(contrast(runs, bend, loss)) for loss in LOSSES)}) and no measurement of the paper's slope "
-        f"({paper.FIG_8_SLOPE.printed.replace('-', '−')} at 0.8 billion active parameters)"
-        f"{': ' if others else ''}{', and '.join(others)}."
-    )
-    return f"{first} {second}"
+    return " ".join([first, second, *others])
 
 
 def slopes(runs: Runs) -> str:
@@ -274,8 +288,9 @@ def backbones(data: Path) -> str:
     """Studies A and B side by side: what a doubling of r brings with each D, and from which part it comes."""
     lines = [
         "| D | tokens for each of plain's parameters | seeds | loss | slope a doubling, r = 1 to 8 | r = 8 − plain "
-        "| of which the wider state: r = 8, low-rank table − r = 1 | and the wide table on top of it |",
-        "|---|---|---|---|---|---|---|---|",
+        "| which is: r = 1 − plain | and the wider state: r = 8, low-rank table − r = 1 "
+        "| and the wide table: r = 8 − r = 8, low-rank table |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name in ("a", "b_d32", "b_d64"):
         runs = runs_in(data / name)
@@ -285,7 +300,7 @@ def backbones(data: Path) -> str:
         size = f"{one.config['model']['dim']} | {one.summary['tokens'] / one.summary['parameters']:.0f}"
         for loss, what in LOSSES.items():
             cells = [slope(runs, WHOLE, loss)]
-            for pair in (("r8", "plain"), ("r8-lowrank", "r1"), ("r8", "r8-lowrank")):
+            for pair in (("r8", "plain"), ("r1", "plain"), ("r8-lowrank", "r1"), ("r8", "r8-lowrank")):
                 cells.append(contrast(runs, minus(*pair), loss))
             seeds = len(shared_seeds(runs, "plain", *WHOLE))
             lines.append(f"| {size} | {seeds} | {what} | {' | '.join(map(cell, cells))} |")
