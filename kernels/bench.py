@@ -484,15 +484,16 @@ def _model(t: Task, direction: str, bench: Bench) -> dict:
     return found
 
 
-def _warm(t: Task) -> None:
-    """In a process of its own: compile what a task needs, into the caches on disk that all processes share."""
+def _warm(together: tuple[Task, ...]) -> None:
+    """In a process of its own: compile what tasks need, into the caches on disk that all processes share."""
     bench = Bench(False, torch.device("cuda"))
-    small = t._replace(tokens=64) if t.implementation == "fused" else t  # kernels of ours are made for any length
-    with failing_aloud(t):
-        function, inputs, _ = work(small, bench)
-        with bench.autocast():
-            outputs = [y for y in function(*inputs) if y.requires_grad]
-        torch.autograd.grad(outputs, inputs, [torch.randn_like(y) for y in outputs])
+    for t in together:
+        small = t._replace(tokens=64) if t.implementation == "fused" else t  # kernels of ours are made for any length
+        with failing_aloud(t):
+            function, inputs, _ = work(small, bench)
+            with bench.autocast():
+                outputs = [y for y in function(*inputs) if y.requires_grad]
+            torch.autograd.grad(outputs, inputs, [torch.randn_like(y) for y in outputs])
 
 
 @contextlib.contextmanager
@@ -504,24 +505,32 @@ def failing_aloud(job: NamedTuple) -> Iterator[None]:
         print(f"not compiled ahead: {job}: {type(error).__name__}: {error}"[:500], flush=True)
 
 
-def warm(function: Callable, jobs: Iterable, seconds: float, most: int = 16) -> None:
-    """Call `function` for all jobs, in several processes, for no longer than that."""
+def warm(function: Callable, jobs: Iterable, seconds: float, most: int = 16) -> bool:
+    """Call `function` for all jobs, in several processes, for no longer than that; whether that was enough."""
     jobs = list(jobs)
     pool = multiprocessing.get_context("spawn").Pool(min(most, os.cpu_count() or 1), maxtasksperchild=8)
     try:
-        pool.map_async(function, jobs, chunksize=1).get(timeout=seconds)
+        pool.map_async(function, jobs, chunksize=1).get(timeout=max(0.0, seconds))
+        return True
     except multiprocessing.TimeoutError:
         print(f"not all of {len(jobs)} jobs compiled ahead within {seconds:.0f} s", flush=True)
+        return False
     finally:
         pool.terminate()
         pool.join()
 
 
-def ops_to_compile() -> list[Task]:
-    """Of `tasks`: each kernel of ours once, and the reference's steps that are measured first."""
+def ops_to_compile() -> list[tuple[Task, ...]]:
+    """Of `tasks`: the reference's steps that are measured first; and each kernel of ours once, those of a depth and of
+    a last together, since a last has a depth in it and two processes would both compile that."""
     todo = tasks(False)
-    first = {t._replace(tokens=0): t for t in todo if t.implementation == "fused"}.values()
-    return [*first, *(t for t in todo if t.implementation == "compiled" and t.op == "step")]
+    ours: dict[tuple, dict[str, Task]] = {}
+    for t in todo:
+        if t.implementation == "fused":
+            kernels = "depth" if t.op == "last" else t.op
+            ours.setdefault((kernels, t.m, t.n, t.D), {}).setdefault(t.op, t)
+    steps = [(t,) for t in todo if t.implementation == "compiled" and t.op == "step"]
+    return [*steps, *(tuple(together.values()) for together in ours.values())]
 
 
 def ops(bench: Bench) -> dict:
@@ -711,11 +720,11 @@ def models_to_compile(bench: Bench) -> list[Model]:
     return list({(t.way, t.D, (t.m, t.n) if t.way == "compiled" else None): t for t in todo}.values())
 
 
-def compile_only(bench: Bench) -> None:
+def compile_only(bench: Bench) -> bool:
     """Into the caches on disk, until the deadline: what may be done while the tests run, and not while times are
-    measured."""
-    warm(_warm_model, models_to_compile(bench), 0.4 * (bench.deadline - time.monotonic()), most=4)
-    warm(_warm, ops_to_compile(), bench.deadline - time.monotonic())
+    measured. Whether all of it was done."""
+    of_models = warm(_warm_model, models_to_compile(bench), 0.4 * (bench.deadline - time.monotonic()), most=4)
+    return warm(_warm, ops_to_compile(), bench.deadline - time.monotonic()) and of_models
 
 
 def steps(bench: Bench) -> dict:
@@ -931,7 +940,8 @@ def main(arguments: list[str] | None = None) -> Path:
     bench = Bench(asked.dry_run, torch.device("cpu" if asked.dry_run else "cuda"), compiled_before=asked.compiled)
     if asked.compile_only:
         bench.deadline = time.monotonic() + 60 * asked.minutes
-        compile_only(bench)
+        if not compile_only(bench):
+            parser.exit(1, "not all of it was compiled\n")
         return asked.out
     facts = about(bench, asked.commit)
     name = "dry-run" if bench.dry else facts["device"].replace(" ", "-").replace("/", "-")

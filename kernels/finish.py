@@ -73,7 +73,7 @@ def norm_gradient_kernel(
     tl.store(g_norm + k * D + column, total, mask=(k < M) & (column < D))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def projections_gradient_kernel(
     partial, S, W_alpha, W_beta, gain, g_W_alpha, g_W_beta, g_gain,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, KP: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,

@@ -381,7 +381,8 @@ def _checked_z(z: Tensor, state: State) -> Tensor:
 
 def depth(z: Tensor, state: State) -> Tensor:
     """`vwn_ref.ghc.depth`: z [..., D] and the state of `width` or `dynamic_width` -> H [..., n, d_b]."""
-    return _depth_operation(state.H, _checked_z(z, state), *state.parameters, state.eps, link=state.link)[0]
+    z, own = _checked_z(z, state), _contiguous(state.parameters)
+    return _depth_operation(state.H, z, *own, state.eps, link=state.link)[0]
 
 
 def step(z: Tensor, state: State, parameters: Parameters, eps: float | None, norm=None) -> tuple[Tensor, State]:
@@ -395,11 +396,11 @@ def step(z: Tensor, state: State, parameters: Parameters, eps: float | None, nor
         raise ValueError(f"B has shape {tuple(parameters.B.shape)}: must be {tuple(state.parameters.B.shape)}")
     if (parameters.gain is None) != (state.parameters.gain is None):
         raise ValueError("parameters: must be dynamic where those of the state are, and static where they are")
-    parameters, eps = _contiguous(parameters), _epsilon(eps)
+    own, parameters, eps = _contiguous(state.parameters), _contiguous(parameters), _epsilon(eps)
     gain, norm_eps = _norm(norm, z, z.shape[-1])
     A, _, W_alpha, W_beta, S_alpha, _, slot_gain = parameters
     H, x, link = _step_operation(
-        state.H, z, *state.parameters, A, W_alpha, S_alpha, slot_gain, gain, state.eps, eps, norm_eps,
+        state.H, z, *own, A, W_alpha, S_alpha, slot_gain, gain, state.eps, eps, norm_eps,
         link=state.link, W_beta=W_beta, made=_of_e(state.H, parameters),
     )  # fmt: skip
     return x, State(H, parameters, eps, link)
@@ -419,4 +420,5 @@ def last(z: Tensor, state: State, norm) -> Tensor:
         check_shape(f"norm.{name}", t, (n * state.H.shape[-1],), "[D′]")
         _check_beside(f"norm.{name}", t, state.H)
         affine.append(t.contiguous())
-    return _last_operation(state.H, z, *state.parameters, *affine, state.eps, norm.eps, link=state.link)[0]
+    own = _contiguous(state.parameters)
+    return _last_operation(state.H, z, *own, *affine, state.eps, norm.eps, link=state.link)[0]

@@ -194,9 +194,10 @@ def quick_tanh(x):
 
 @triton.jit
 def inverse_root(total, count, eps):
-    """1/√(total/count + ε), and 0 where both are 0."""
+    """1/√(total/count + ε), and 0 where both are 0; NaN of NaN."""
     mean = total / count + eps
-    return tl.where(mean > 0.0, 1.0 / tl.sqrt(tl.where(mean > 0.0, mean, 1.0)), 0.0)
+    empty = mean <= 0.0
+    return tl.where(empty, 0.0, 1.0 / tl.sqrt(tl.where(empty, 1.0, mean)))
 
 
 @triton.jit

@@ -1,13 +1,17 @@
 """All that needs a GPU, unattended: `make gpu`; where nothing can be installed, `python3 tests/kernels/on_gpu.py`.
 
-    tests    test_gpu.py, several at a time; alone what needs the memory for itself, and last compute-sanitizer.
-             Where there are CPUs and memory for both, what the benchmark needs is compiled meanwhile
-    bench    `vwn_ref.kernels.bench`, so many minutes
-    report   README's table
+    values     test_gpu.py, several tests at a time. Where there are CPUs and memory for both, what the benchmark needs
+               is compiled meanwhile
+    alone      what needs the memory for itself
+    bench      `vwn_ref.kernels.bench`, so many minutes, and README's table
+    sanitizer  compute-sanitizer over the kernels that `values` has compiled
 
-One that fails does not stop the next, but is in the exit status. What the tests did is kept beside the measurements,
-figures/data/gpu/<device>/tests.json. Python needs PyTorch with CUDA, Triton, pytest, einops, jaxtyping and filelock;
-vwn_ref need not be installed.
+In this order, or those of --parts. One that fails does not stop the next, but is in the exit status. What the tests did
+is kept beside the measurements, figures/data/gpu/<device>/tests.json, written anew after each part, with what parts
+that did not run now had done before with the same code. While a part runs, tests.jsonl there has a line for each test
+that is done, and keeps it if all is cut short.
+
+Python needs PyTorch with CUDA, Triton, pytest, einops, jaxtyping and filelock; vwn_ref need not be installed.
 """
 
 from __future__ import annotations
@@ -17,17 +21,20 @@ import contextlib
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 ALONE, SANITIZER = "2_to_the_31", "sanitizer"
-PARTS = {"values": f"not {ALONE} and not {SANITIZER}", "alone": ALONE, "sanitizer": SANITIZER}
+TESTS = {"values": f"not {ALONE} and not {SANITIZER}", "alone": ALONE, "sanitizer": SANITIZER}  # part -> pytest's -k
+PARTS = ("values", "alone", "bench", "sanitizer")
+GPU_BYTES_A_WORKER = 22e9  # the largest test, which a worker has beside its CUDA context; by PyTorch's profiler
+KEPT = "VWN_REF_TESTS_KEPT"  # where conftest.py writes a line for each test
+TIMED_OUT = 124
 
 
 def overlay(folder: Path) -> dict[str, str]:
@@ -43,60 +50,111 @@ def overlay(folder: Path) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join(filter(None, places)), "PYTHONSAFEPATH": "1"}
 
 
-def outcome(junit: Path) -> dict:
-    """Counts of a pytest run, and the names of what failed, from its JUnit file; an empty one where there is none."""
-    counts: dict = {"passed": 0, "failed": 0, "skipped": 0, "failures": []}
-    if not junit.exists():
-        return counts
-    for case in ElementTree.parse(junit).getroot().iter("testcase"):
-        tags = {child.tag for child in case}
-        how = "failed" if tags & {"failure", "error"} else "skipped" if "skipped" in tags else "passed"
-        counts[how] += 1
-        if how == "failed":
-            counts["failures"].append(case.get("name"))
-    return counts
+def outcome(lines: Path) -> dict:
+    """Of a pytest run, from what conftest.py has written: counts, the names of what passed, and why others did not.
+    A test with two outcomes, its own and that of what comes after it, has the worse one."""
+    found: dict[str, dict] = {}
+    for line in lines.read_text(encoding="utf-8").splitlines() if lines.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):  # of a line that was being written
+            row = json.loads(line)
+            if found.get(row["test"], {}).get("outcome") in (None, "passed"):
+                found[row["test"]] = row
+    of = {how: [row for row in found.values() if row["outcome"] == how] for how in ("passed", "failed", "skipped")}
+    return {how: len(rows) for how, rows in of.items()} | {
+        "tests": [row["test"] for row in of["passed"]],
+        "failures": [{"test": row["test"], "why": row["why"]} for row in of["failed"]],
+        "skips": [{"test": row["test"], "why": row["why"]} for row in of["skipped"]],
+    }
 
 
-def run(*command: str, env: dict[str, str]) -> int:
-    """The exit status; the command is printed first."""
+def start(command: list[str], env: dict[str, str]) -> subprocess.Popen:
+    """A Python module, in a process group of its own."""
+    return subprocess.Popen([sys.executable, "-m", *command], cwd=ROOT, env=env, start_new_session=True)
+
+
+def end(process: subprocess.Popen) -> None:
+    """It, and all that it started: asked first, so that it can say what it has done, then killed."""
+    for sent, seconds in ((signal.SIGINT, 15), (signal.SIGKILL, 15)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, sent)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+
+
+def run(*command: str, env: dict[str, str], seconds: float | None = None) -> int:
+    """The exit status, `TIMED_OUT` where it took longer than that; the command is printed first."""
     print("$", *command, flush=True)
-    return subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=env).returncode
-
-
-@contextlib.contextmanager
-def compiling(env: dict[str, str], minutes: float) -> Iterator[bool]:
-    """The benchmark's code is compiled meanwhile; whether that is so. It ends with the block at the latest."""
-    import torch
-
-    enough = (os.cpu_count() or 1) >= 8 and torch.cuda.get_device_properties(0).total_memory > 100e9
-    command = [sys.executable, "-m", "vwn_ref.kernels.bench", "--compile-only", "--minutes", str(minutes)]
-    process = subprocess.Popen(command, cwd=ROOT, env=env) if enough else None
+    process = start(list(command), env)
     try:
-        yield enough
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        print(f"not over after {seconds:.0f} s: ended", flush=True)
+        return TIMED_OUT
     finally:
-        if process is not None:
+        end(process)
+
+
+class Compiling:
+    """The benchmark's code, compiled while tests run, where there are CPUs and memory for both. `done` tells whether it
+    came to its end; it ends with the block at the latest, `minutes` after that."""
+
+    def __init__(self, env: dict[str, str], minutes: float, wanted: bool) -> None:
+        import torch
+
+        enough = (os.cpu_count() or 1) >= 8 and torch.cuda.get_device_properties(0).total_memory > 100e9
+        self.minutes, self.done = minutes, False
+        command = ["vwn_ref.kernels.bench", "--compile-only", "--minutes", str(minutes)]
+        self.process = start(command, env) if enough and wanted else None
+
+    def __enter__(self) -> Compiling:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=60 * minutes)
-            process.kill()
+                self.done = self.process.wait(60 * self.minutes) == 0
+            end(self.process)
 
 
-def tests(env: dict[str, str], workers: int, scratch: Path) -> dict:
-    """What each part of test_gpu.py came to."""
-    found = {}
-    for part, expression in PARTS.items():
-        junit, began = scratch / f"{part}.xml", time.monotonic()
-        options = ["-n", str(workers), "--dist", "load"] if part == "values" and workers > 1 else []
-        options += ["-k", expression, "-rs", "-q", f"--junit-xml={junit}"]
-        status = run("pytest", "tests/kernels/test_gpu.py", *options, env=env)
-        found[part] = outcome(junit) | {"status": status, "seconds": round(time.monotonic() - began, 1)}
+def tests(part: str, env: dict[str, str], workers: int, minutes: float, lines: Path) -> dict:
+    """What a part of test_gpu.py came to."""
+    began = time.monotonic()
+    lines.unlink(missing_ok=True)
+    options = ["-n", str(workers), "--dist", "load"] if part != "alone" and workers > 1 else []
+    command = ["pytest", "tests/kernels/test_gpu.py", *options, "-k", TESTS[part], "-rs", "-q"]
+    status = run(*command, env=env | {KEPT: str(lines)}, seconds=60 * minutes)
+    found = outcome(lines) | {"status": status, "seconds": round(time.monotonic() - began, 1)}
+    lines.unlink(missing_ok=True)
     return found
+
+
+def earlier(file: Path, facts: dict) -> dict[str, dict]:
+    """part -> row, of what was kept there by the same code on the same device."""
+    with contextlib.suppress(OSError, json.JSONDecodeError):
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        if facts["commit"] is not None and all(kept.get(name) == value for name, value in facts.items()):
+            return {row["part"]: row for row in kept["rows"]}
+    return {}
+
+
+def about(commit: str | None) -> dict:
+    """What the tests ran on."""
+    import torch
+    import triton
+
+    device = torch.cuda.get_device_name()
+    return {"device": device, "torch": torch.__version__, "triton": triton.__version__, "commit": commit}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Everything; 1 where anything failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all of them")
     parser.add_argument("--minutes", type=float, default=6.5, help="for the benchmark, default %(default)s")
-    parser.add_argument("--workers", type=int, help="tests at a time; default: 6, or as many as there are CPUs")
+    parser.add_argument(
+        "--test-minutes", type=float, default=10, help="after which a part of the tests is ended, default %(default)s"
+    )
+    parser.add_argument("--workers", type=int, help="tests at a time; default: 6, or as many as CPUs and memory allow")
     parser.add_argument("--out", type=Path, default=ROOT / "figures" / "data" / "gpu", help="default: figures/data/gpu")
     parser.add_argument("--commit", help="name of the code that runs, where that cannot be asked of git")
     asked = parser.parse_args(arguments)
@@ -104,26 +162,32 @@ def main(arguments: list[str] | None = None) -> int:
 
     if not torch.cuda.is_available():
         parser.error("no GPU here: torch.cuda.is_available() is False")
+    facts = about(asked.commit)
+    folder = asked.out / facts["device"].replace(" ", "-").replace("/", "-")
+    folder.mkdir(parents=True, exist_ok=True)
+    most = min(6, os.cpu_count() or 1, int(torch.cuda.get_device_properties(0).total_memory // GPU_BYTES_A_WORKER))
+    workers = (asked.workers or max(1, most)) if importlib.util.find_spec("xdist") else 1
+    rows, statuses, compiled = earlier(folder / "tests.json", facts), [], False
     with tempfile.TemporaryDirectory() as name:
         env = dict(os.environ)
         if importlib.util.find_spec("vwn_ref") is None or importlib.util.find_spec("vwn_ref.kernels") is None:
             env |= overlay(Path(name))
-        has_workers = importlib.util.find_spec("xdist") is not None
-        workers = (asked.workers or min(6, os.cpu_count() or 1)) if has_workers else 1
-        with compiling(env, min(2.0, asked.minutes / 3)) as compiled:
-            found = tests(env, workers, Path(name))
-        facts = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": asked.commit}
-        folder = asked.out / facts["device"].replace(" ", "-").replace("/", "-")
-        folder.mkdir(parents=True, exist_ok=True)
-        whole = {"stage": "tests", "dry_run": False, "rows": [{"part": p} | row for p, row in found.items()], **facts}
-        (folder / "tests.json").write_text(json.dumps(whole, indent=1) + "\n")
-        commit = ["--commit", asked.commit] if asked.commit else []
-        bench = ["--minutes", str(asked.minutes), "--out", str(asked.out), *commit, *["--compiled"] * compiled]
-        statuses = [
-            *(row["status"] for row in found.values()),
-            run("vwn_ref.kernels.bench", *bench, env=env),
-            run("vwn_ref.kernels.report", "--data", str(asked.out), "--readme", "README.md", env=env),
-        ]
+        for part in (x for x in PARTS if x in asked.parts):
+            if part == "bench":
+                out = ["--out", str(asked.out), *(["--commit", asked.commit] if asked.commit else [])]
+                command = ["--minutes", str(asked.minutes), *out, *["--compiled"] * compiled]
+                statuses.append(run("vwn_ref.kernels.bench", *command, env=env))
+                command = ["--data", str(asked.out), "--readme", "README.md"]
+                statuses.append(run("vwn_ref.kernels.report", *command, env=env))
+                continue
+            ahead = part == "values" and "bench" in asked.parts
+            with Compiling(env, min(2.0, asked.minutes / 3), ahead) as compiling:
+                found = tests(part, env, workers, asked.test_minutes, folder / "tests.jsonl")
+            compiled |= compiling.done
+            rows[part] = {"part": part} | found
+            statuses.append(found["status"])
+            whole = {"stage": "tests", "dry_run": False, **facts, "rows": [rows[x] for x in PARTS if x in rows]}
+            (folder / "tests.json").write_text(json.dumps(whole, indent=1) + "\n")
     return int(any(statuses))
 
 

@@ -6,8 +6,10 @@ errors) is in test_triton_*.py, which run on a GPU as well where there is one.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -18,6 +20,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+import every_kernel
 import test_triton_values as values
 from torch import nn
 from vwn_ref.kernels import fused
@@ -46,8 +49,13 @@ outputs_full_of_nan = values.outputs_full_of_nan
 
 @pytest.fixture(autouse=True)
 def memory_given_back():
-    """Several processes test on one GPU."""
+    """Several processes test on one GPU. One in which it has failed can do nothing more: another takes its place."""
     yield
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)
     torch.cuda.empty_cache()
 
 
@@ -184,7 +192,7 @@ def test_the_whole_model_under_autocast(monkeypatch):
 
 def test_torch_compile_makes_one_graph_of_the_model():
     # in a process of its own: the shape checks of the other tests are Python code that cannot be traced
-    run("""
+    code = """
         import torch
         from vwn_ref import VWNConfig, VWNTransformer
         model = VWNTransformer(VWNConfig(vocab_size=512, dim=256, n_layers=2, n_heads=4, m=4, n=8)).cuda()
@@ -199,7 +207,8 @@ def test_torch_compile_makes_one_graph_of_the_model():
         for a, b in zip(*results):
             error = ((a - b).norm() / a.norm().clamp_min(1e-9)).item()
             assert error < 1e-4, error  # float32: only the order of sums outside our kernels differs
-    """)
+    """
+    run(sys.executable, "-c", textwrap.dedent(code))
 
 
 def test_operators_pass_opcheck():
@@ -219,40 +228,32 @@ def test_operators_pass_opcheck():
 
 # ---------------------------------------------------------------------------------------------- compute-sanitizer
 
-# Every kernel, forward and backward, for few slots, many, and so many that step's backward is two kernels. 33 tokens
-# and d_b of 24 leave the last block and the last chunk partly empty.
-EVERY_KERNEL = """
-    import torch
-    from torch import nn
-    from vwn_ref.kernels import fused, launch
-    rows = launch.whole_rows
-    # rows in one warp and in four; few slots as where rows are too long, four tokens a tile or by walks; more slots
-    for m, n, d, walk in ((2, 4, 24, False), (2, 4, 520, False), (2, 4, 24, True), (4, 8, 24, True), (8, 64, 24, True)):
-        launch.whole_rows = (lambda *_, **options: 0) if walk else rows
-        k = m + n
-        shapes = [(n, k), (m, n), (d, k), (d, m), (n, k), (m, n), (d,)]
-        own = fused.Parameters(*(torch.randn(s, device="cuda", requires_grad=True) for s in shapes))
-        for dtype in (torch.bfloat16, torch.float32):
-            H = torch.randn(33, n, d, device="cuda", dtype=dtype, requires_grad=True)
-            norm = nn.RMSNorm(m * d, eps=1e-6, device="cuda")
-            x, state = fused.enter(H, own, 1e-6, norm)
-            x, state = fused.step(x, state, own, 1e-6, norm)
-            x, state = fused.step(x, state, own, 1e-6)
-            y = fused.last(x, state, nn.GroupNorm(n // m, n * d, device="cuda"))
-            (y.float().square().mean() + fused.depth(x, state).float().square().mean()).backward()
-            assert y.isfinite().all() and own.W_alpha.grad.isfinite().all()
-    torch.cuda.synchronize()
-"""
+
+@pytest.mark.parametrize("dtype", every_kernel.DTYPES, ids=str)
+@pytest.mark.parametrize("m, n, d, walk", every_kernel.CASES, ids=str)
+def test_small_sizes(m, n, d, walk, dtype):
+    """What the sanitizer runs: compiled here, several at a time, and its numbers."""
+    every_kernel.every_kernel(m, n, d, walk, dtype)
+    case = (m, n, d, (every_kernel.TOKENS,), dtype)
+    with every_kernel.long_rows(walk):
+        found = values.two_sublayers(fused, *case)
+    values.assert_close(found, values.two_sublayers(values.Reference, *case), TOLERANCE[dtype])
 
 
-def run(code: str, *before: str, **environment) -> str:
-    """Python code in a process of its own, under a command; its output."""
-    command = [*before, sys.executable, "-c", textwrap.dedent(code)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=300)
-    output = done.stdout + done.stderr
-    if before and "Device not supported" in output:
-        pytest.skip(f"{before[0]}: this machine does not let it at the GPU")
-    assert done.returncode == 0, output[-4000:]
+def run(*command: str, **environment) -> str:
+    """Its output. It ends with all that it has started."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | environment,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        output, _ = process.communicate(timeout=300)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    if "Device not supported" in output:
+        pytest.skip(f"{command[0]}: this machine does not let it at the GPU")
+    assert process.returncode == 0, output[-4000:]
     return output
 
 
@@ -261,13 +262,26 @@ def sanitizer() -> str | None:
     return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
 
 
+@pytest.fixture(scope="module")
+def compiled():
+    """The program, whose kernels are then in Triton's cache: outside the sanitizer, where that is quicker."""
+    program = (sys.executable, every_kernel.__file__)
+    run(*program)
+    return program
+
+
 @pytest.mark.skipif(sanitizer() is None, reason="compute-sanitizer is not installed")
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
-def test_compute_sanitizer_finds_nothing(tool):
-    run(EVERY_KERNEL)  # compiled outside, where it is quicker
-    output = run(
-        EVERY_KERNEL, str(sanitizer()), "--tool", tool, "--error-exitcode", "9",
-        "--target-processes", "application-only",
-        PYTORCH_NO_CUDA_MEMORY_CACHING="1",  # every tensor an allocation of its own, whose end is seen
-    )  # fmt: skip
+@pytest.mark.parametrize(
+    "tool",
+    [
+        ("memcheck", "--report-api-errors", "no"),  # what PyTorch asks of CUDA as it starts is not ours
+        ("racecheck",),
+        ("initcheck",),
+    ],
+    ids=lambda tool: tool[0],
+)
+def test_compute_sanitizer_finds_nothing(tool, compiled):
+    options = ["--error-exitcode", "9", "--target-processes", "application-only"]
+    # every tensor an allocation of its own, whose end is seen
+    output = run(str(sanitizer()), "--tool", *tool, *options, *compiled, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     assert "SUMMARY" in output, output[-4000:]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import on_gpu
@@ -15,10 +17,17 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 import test_gpu
 
-JUNIT = """<testsuites><testsuite>
-<testcase name="a"/><testcase name="b"><failure message="no"/></testcase>
-<testcase name="c"><skipped message="why"/></testcase><testcase name="d"><error message="no"/></testcase>
-</testsuite></testsuites>"""
+LINES = [
+    {"test": "a", "outcome": "passed", "seconds": 1.0, "why": ""},
+    {"test": "b", "outcome": "failed", "seconds": 1.0, "why": "no"},
+    {"test": "c", "outcome": "skipped", "seconds": 0.0, "why": "too small"},
+    {"test": "d", "outcome": "passed", "seconds": 1.0, "why": ""},
+    {"test": "d", "outcome": "failed", "seconds": 0.0, "why": "after it"},
+]
+
+
+def write_lines(path) -> None:
+    on_gpu.Path(path).write_text("".join(json.dumps(line) + "\n" for line in LINES) + '{"test": "e", "outc')
 
 
 @pytest.fixture
@@ -27,69 +36,175 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU/80")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80e9))
+    monkeypatch.setattr(on_gpu.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(on_gpu.os, "cpu_count", lambda: 4)
     commands, statuses = [], {}
 
-    def run(*command, env):
+    def run(*command, env, seconds=None):
         commands.append(command)
-        for option in command:
-            if option.startswith("--junit-xml="):
-                (on_gpu.Path(option.partition("=")[2])).write_text(JUNIT)
+        if on_gpu.KEPT in env:
+            write_lines(env[on_gpu.KEPT])
         return statuses.get(command[0], 0)
 
     monkeypatch.setattr(on_gpu, "run", run)
     return commands, statuses
 
 
+def kept(folder) -> dict:
+    return json.loads((folder / "Some-GPU-80" / "tests.json").read_text())
+
+
 def test_outcome_by_hand(tmp_path):
-    (tmp_path / "x.xml").write_text(JUNIT)
-    assert on_gpu.outcome(tmp_path / "x.xml") == {"passed": 1, "failed": 2, "skipped": 1, "failures": ["b", "d"]}
-    assert on_gpu.outcome(tmp_path / "none.xml")["passed"] == 0
+    write_lines(tmp_path / "x")
+    found = on_gpu.outcome(tmp_path / "x")
+    assert (found["passed"], found["failed"], found["skipped"], found["tests"]) == (1, 2, 1, ["a"])
+    assert found["failures"] == [{"test": "b", "why": "no"}, {"test": "d", "why": "after it"}]
+    assert found["skips"] == [{"test": "c", "why": "too small"}]
+    assert on_gpu.outcome(tmp_path / "none")["passed"] == 0
 
 
 def test_a_failure_stops_nothing_but_is_told(gpu, tmp_path):
     commands, statuses = gpu
     statuses["pytest"] = 1
     assert on_gpu.main(["--out", str(tmp_path), "--commit", "abc"]) == 1
-    assert [c[0] for c in commands] == ["pytest"] * 3 + ["vwn_ref.kernels.bench", "vwn_ref.kernels.report"]
-    kept = json.loads((tmp_path / "Some-GPU-80" / "tests.json").read_text())
-    assert kept["device"] == "Some GPU/80" and kept["commit"] == "abc" and not kept["dry_run"]
-    assert [(row["part"], row["failures"], row["status"]) for row in kept["rows"]] == [
-        (part, ["b", "d"], 1) for part in on_gpu.PARTS
+    bench = ["vwn_ref.kernels.bench", "vwn_ref.kernels.report"]
+    assert [c[0] for c in commands] == ["pytest"] * 2 + bench + ["pytest"]  # the sanitizer is last
+    found = kept(tmp_path)
+    assert found["device"] == "Some GPU/80" and found["commit"] == "abc" and not found["dry_run"]
+    assert [(row["part"], row["failed"], row["status"]) for row in found["rows"]] == [
+        (part, 2, 1) for part in ("values", "alone", "sanitizer")
     ]
+    assert not list(tmp_path.glob("*/tests.jsonl"))  # all of it is in the other file
     statuses["pytest"], commands[:] = 0, []
     assert on_gpu.main(["--out", str(tmp_path), "--minutes", "3"]) == 0
-    assert commands[3] == ("vwn_ref.kernels.bench", "--minutes", "3.0", "--out", str(tmp_path))
+    assert commands[2] == ("vwn_ref.kernels.bench", "--minutes", "3.0", "--out", str(tmp_path))
 
 
+def test_workers_that_the_memory_holds(gpu, tmp_path):
+    """80 GB: three at a time, and one for what needs it all."""
+    commands, _ = gpu
+    on_gpu.main(["--out", str(tmp_path)])
+    workers = [c[c.index("-n") + 1] if "-n" in c else None for c in commands if c[0] == "pytest"]
+    assert workers == ["3", None, "3"]
+
+
+def test_some_parts_and_what_was_kept_of_others(gpu, tmp_path):
+    commands, _ = gpu
+    out = ["--out", str(tmp_path), "--commit"]
+    on_gpu.main([*out, "abc", "--parts", "alone", "values"])
+    assert [c[0] for c in commands] == ["pytest"] * 2
+    first = kept(tmp_path)["rows"]
+    on_gpu.main([*out, "abc", "--parts", "sanitizer"])
+    assert kept(tmp_path)["rows"][:2] == first and len(kept(tmp_path)["rows"]) == 3
+    on_gpu.main([*out, "def", "--parts", "alone"])  # other code
+    assert [row["part"] for row in kept(tmp_path)["rows"]] == ["alone"]
+    on_gpu.main(["--out", str(tmp_path), "--parts", "values"])  # code without a name
+    on_gpu.main(["--out", str(tmp_path), "--parts", "alone"])
+    assert [row["part"] for row in kept(tmp_path)["rows"]] == ["alone"]
+
+
+@pytest.mark.parametrize("status", [0, 1, None])
 @pytest.mark.parametrize("cpus, memory, both", [(16, 141e9, True), (4, 141e9, False), (16, 80e9, False)])
-def test_what_the_benchmark_needs_is_compiled_meanwhile(gpu, tmp_path, monkeypatch, cpus, memory, both):
+def test_what_the_benchmark_needs_is_compiled_meanwhile(gpu, tmp_path, monkeypatch, cpus, memory, both, status):
+    """And counts as compiled where that came to its end. None: it had not when its time was over."""
     commands, _ = gpu
     events = []
 
-    class Popen:
-        def __init__(self, command, cwd, env):
-            events.append(("started", len(commands), command[3:5]))
+    def wait(timeout):
+        events.append(("waited for", len(commands), timeout))
+        if status is None:
+            raise subprocess.TimeoutExpired("bench", timeout)
+        return status
 
-        def wait(self, timeout):
-            events.append(("waited for", len(commands), timeout))
+    def start(command, env):
+        events.append(("started", len(commands), command[:2]))
+        return SimpleNamespace(wait=wait)
 
-        def kill(self):
-            events.append("ended")
-
-    monkeypatch.setattr(on_gpu.subprocess, "Popen", Popen)
+    monkeypatch.setattr(on_gpu, "start", start)
+    monkeypatch.setattr(on_gpu, "end", lambda process: events.append("ended"))
     monkeypatch.setattr(on_gpu.os, "cpu_count", lambda: cpus)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=memory))
     assert on_gpu.main(["--out", str(tmp_path), "--minutes", "3"]) == 0
-    started = ("started", 0, ["--compile-only", "--minutes"])
-    assert events == ([started, ("waited for", 3, 60.0), "ended"] if both else [])  # before the benchmark
-    assert (commands[3][-1] == "--compiled") == both
+    started = ("started", 0, ["vwn_ref.kernels.bench", "--compile-only"])
+    # before the test that needs the memory for itself, and before the benchmark
+    assert events == ([started, ("waited for", 1, 60.0), "ended"] if both else [])
+    assert (commands[2][-1] == "--compiled") == (both and status == 0)
+    events.clear()
+    on_gpu.main(["--out", str(tmp_path), "--parts", "values"])
+    assert not events  # nothing will be measured
+
+
+def test_what_takes_too_long_ends_with_all_it_started(tmp_path, monkeypatch):
+    """A child that does not listen, too."""
+    code = f"""
+import signal, subprocess, sys, time
+child = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
+process = subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE)
+process.stdout.readline()
+open({str(tmp_path / "pid")!r}, "w").write(str(process.pid))
+time.sleep(60)
+"""
+    (tmp_path / "slow.py").write_text(code)
+    monkeypatch.setattr(on_gpu, "ROOT", tmp_path)
+    began = time.monotonic()
+    assert on_gpu.run("slow", env=dict(os.environ), seconds=5) == on_gpu.TIMED_OUT
+    child = int((tmp_path / "pid").read_text())
+    while time.monotonic() < began + 60 and alive(child):
+        time.sleep(0.1)
+    assert not alive(child) and on_gpu.run("platform", env=dict(os.environ)) == 0
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    status = on_gpu.Path(f"/proc/{pid}/stat")  # one that nobody has waited for is none either
+    return not (status.exists() and status.read_text().rpartition(")")[2].split()[0] == "Z")
+
+
+@pytest.mark.parametrize("workers, sent", [([], None), (["-n", "2"], signal.SIGKILL)], ids=["one", "killed"])
+def test_a_line_for_each_test_that_is_done(tmp_path, workers, sent):
+    """Also when pytest is killed."""
+    (tmp_path / "conftest.py").write_text(on_gpu.Path(on_gpu.__file__).with_name("kept.py").read_text())
+    (tmp_path / "test_some.py").write_text(
+        "import os, pathlib, pytest, signal, time\n"
+        "def test_right(): pass\n"
+        "def test_wrong(): assert 1 == 2, 'the reason'\n"
+        "def test_left_out(): pytest.skip('no time')\n"
+        "@pytest.fixture\n"
+        "def broken():\n    yield\n    raise RuntimeError('after it')\n"
+        "def test_right_but_then(broken): pass\n"
+    )
+    lines = tmp_path / "lines"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *workers, "--confcutdir", str(tmp_path)]
+    if sent:
+        with open(tmp_path / "test_some.py", "a") as file:
+            file.write("def test_zzz(): time.sleep(60)\n")
+    env = os.environ | {on_gpu.KEPT: str(lines), "PYTHONPATH": str(tmp_path)}
+    process = subprocess.Popen([*command, str(tmp_path)], env=env, start_new_session=True, stdout=subprocess.DEVNULL)
+    try:
+        if sent:
+            end = time.monotonic() + 120
+            while time.monotonic() < end and not (lines.exists() and lines.read_text().count("\n") == 5):
+                time.sleep(0.2)
+            os.killpg(process.pid, sent)
+        process.wait(120)
+    finally:
+        on_gpu.end(process)
+    found = on_gpu.outcome(lines)
+    assert found["tests"] == ["test_right"] and [x["test"] for x in found["skips"]] == ["test_left_out"]
+    why = {x["test"]: x["why"] for x in found["failures"]}
+    assert "the reason" in why["test_wrong"] and "after it" in why["test_right_but_then"] and len(why) == 2
+    assert found["skips"][0]["why"].endswith("no time")
 
 
 def test_every_test_is_in_one_part():
     names = [name for name in dir(test_gpu) if name.startswith("test_")]
     counts = [sum(word in name for name in names) for word in (on_gpu.ALONE, on_gpu.SANITIZER)]
     assert counts == [1, 1] and not any(on_gpu.ALONE in name and on_gpu.SANITIZER in name for name in names)
-    assert on_gpu.PARTS["values"] == " and ".join(f"not {word}" for word in (on_gpu.ALONE, on_gpu.SANITIZER))
+    assert on_gpu.TESTS["values"] == " and ".join(f"not {word}" for word in (on_gpu.ALONE, on_gpu.SANITIZER))
+    assert {*on_gpu.TESTS, "bench"} == set(on_gpu.PARTS)
 
 
 def test_the_package_need_not_be_installed(tmp_path):

@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from vwn_ref.experiments.paper_figures import NotRun
-from vwn_ref.experiments.plots import PLAIN, bars
+from vwn_ref.experiments.plots import COLOURS, PLAIN, bars
 from vwn_ref.kernels import report
 
 D_ALONE, D_TRAINED = 2048, 4096
@@ -30,15 +30,19 @@ def gpu(data: Path) -> Figure:
                 found = [report.operation(rows, way, "step", *shape, D_ALONE, direction) for shape in shapes]
                 shares[label] = [x.get("share_of_copy") for x in found]
             bars(ax, [f"({m}, {n})" for m, n in shapes], in_percent(shares), numbers="%.0f")
+            for k, values in enumerate(shares.values()):
+                for at in (place for place, value in enumerate(values) if value is None):
+                    ax.text(at + 0.4 * k - 0.2, 2, "not measured", rotation=90, fontsize=7, color="0.4", ha="center")
             ax.axhline(100, color=PLAIN, linestyle="--", linewidth=1)
             ax.set(title=f"a step, {direction}, D = {D_ALONE}", xlabel="(m, n)", ylim=(0, 108))
         row[0].set_ylabel(f"{folder.name.replace('-', ' ')}\n% of a copy's bandwidth")
         row[0].legend(fontsize=8, loc="upper right", bbox_to_anchor=(1.0, 0.93))
-        keys = {"by bytes and FLOPs": "predicted_step_ratio", "measured": "step_ratio"}
+        keys = {"by bytes and FLOPs": "predicted_step_ratio", "Triton kernels, measured": "step_ratio"}
         extra = {}
         for label, key in keys.items():
             ratios = [report.training(rows, r, D_TRAINED, key) for r in report.SHAPES]
             extra[label] = [None if x is None else x - 1 for x in ratios]
+        row[2].set_prop_cycle(color=["0.65", COLOURS[0]])  # what is measured is the Triton kernels'
         bars(row[2], [f"{r:g}" for r in report.SHAPES], in_percent(extra), numbers="%.1f")
         row[2].set(title=f"a training step, D = {D_TRAINED}", xlabel="r", ylabel="% over the plain model")
         row[2].margins(y=0.12)

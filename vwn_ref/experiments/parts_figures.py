@@ -80,6 +80,9 @@ def loss_against(ax: Axes, runs: Runs, currency: str, loss: str = "val_next", ti
             ax.plot(x, losses, linestyle="", ms=2, alpha=0.5, marker=look["marker"], color=look["color"])
     title = {"backbone": "arithmetic of the backbone", "arithmetic": "all arithmetic"}.get(currency, currency)
     ax.set(xscale="log", title=title, xlabel="over plain's (log scale)")
+    if currency == "CPU time" and drawn:
+        note = {"fontsize": 8, "color": "0.4", "transform": ax.transAxes, "va": "bottom", "ha": "right"}
+        ax.text(0.98, 0.02, "builds of one model differ\nby up to a third", **note)
     if len(upright) > 1:
         end = APART ** (len(upright) / 2 + 0.2)
         ax.axvspan(1 / end, end, color="0.5", alpha=0.12, linewidth=0)
@@ -124,7 +127,9 @@ def differences(data: Path, reach: float = 0.5) -> Figure:
     groups = {about: list(rows) for about, rows in itertools.groupby(there, key=lambda one: one.about)}
     fig, ax = plt.subplots(figsize=(8.5, 0.235 * (len(there) + len(groups)) + 1))
     names = []
-    for about, rows in groups.items():
+    for number, (about, rows) in enumerate(groups.items()):
+        if number % 2:
+            ax.axhspan(len(names) - 0.5, len(names) + len(rows) + 0.5, color="0.5", alpha=0.1, linewidth=0)
         names.append(about)
         for one in rows:
             for k, loss in enumerate(LOSSES):
@@ -188,6 +193,6 @@ def by_backbone(data: Path) -> Figure:
     looks = [{"color": COLOURS[k // 2], "marker": MARKERS[k % 2]} for k in range(len(GAINS))]
     marks = [Line2D([], [], linestyle="", ms=5, **look) for look in looks]
     empty = Line2D([], [], color="0.4", marker="o", linestyle="", ms=5, mfc="white")
-    labels = [*GAINS, "hollow: not told apart from 0"]
+    labels = [*GAINS, "hollow: not told apart from 0; gap: not run"]
     fig.legend([*marks, empty], labels, loc="outside lower center", ncols=5, fontsize=8.5, columnspacing=1.2)
     return fig

@@ -237,7 +237,7 @@ def overview(data: Path) -> Figure:
         ax.plot(tokens, np.mean(curves, axis=0), color=COLOURS[colour], marker=MARKERS[colour], ms=4, label=label)
     ax.axhline(0, color=PLAIN, linewidth=1, label="plain Transformer, same seed")
     ax.set(xlabel="training tokens (millions)", ylabel="validation loss − plain (nats a token)")
-    ax.set_title("first runs, D = 32: mean and single seeds")
+    ax.set_title("earlier runs, D = 32: three seeds, and their mean")
     ax.legend(fontsize=8)
     return fig
 
