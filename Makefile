@@ -41,7 +41,7 @@ help:
 	@echo "make check      the notebooks alone; NB=notebooks/02_*.ipynb for some of them"
 	@echo "make test-slow  tests left out of make test: build and install a wheel, the GPU benchmark's dry run"
 	@echo "make test-kernels  compile every Triton kernel for every target, without a GPU; takes an hour or more, goes on"
-	@echo "make gpu        on a machine with a GPU: its tests, then the benchmark; writes figures/data/gpu and README's table"
+	@echo "make gpu        on a machine with a GPU: its tests and the benchmark; writes figures/data/gpu and README's table"
 	@echo "make notebooks  execute the notebooks in place; NB=notebooks/02_*.ipynb for some of them"
 	@echo "make figures    redraw figures/*.png, and write the results in README.md and figures/README.md, from the numbers in figures/data"
 	@echo "make bench      time the model on this CPU"

@@ -130,7 +130,9 @@ def everything() -> list[Job]:
     some = {"shapes": ((2, 3), (8, 64)), "widths": (1024,)}
     return [
         *matrix(),
-        *matrix(shapes=((1, 4),), widths=(1024, 4096), dtypes=("bf16",), targets=("sm_90",)),
+        *matrix(shapes=((1, 4),), widths=(1024,), dtypes=("bf16",), targets=("sm_90",)),
+        *matrix(shapes=((1, 4),), widths=(4096,), dtypes=("bf16",)),  # rows too long for the registers
+        *matrix(shapes=((1, 2),), widths=(8192,), dtypes=("bf16",), targets=("sm_90",)),
         *matrix(**some, dtypes=("bf16",), dynamic=False),
         *matrix(**some, dtypes=("bf16",), norm=False, kernels=("width", "width_backward", "step", "step_backward")),
         *matrix(**some, dtypes=("fp16",)),
@@ -155,6 +157,7 @@ def covering() -> list[Job]:
         Job("width_backward", 2, 3, 1024, "bf16", "sm_90", dynamic=False),
         Job("depth", 4, 8, 1024, "bf16", "gfx942", dynamic=False),
         Job("group_norm_backward", 4, 8, 1024, "bf16", "gfx942"),
+        Job("width", 1, 4, 4096, "bf16", "gfx942", dynamic=False),
     ]
 
 

@@ -722,7 +722,7 @@ def models_to_compile(bench: Bench) -> list[Model]:
 
 def compile_only(bench: Bench) -> bool:
     """Into the caches on disk, until the deadline: what may be done while the tests run, and not while times are
-    measured. Whether all of it was done."""
+    measured. Whether the time was enough."""
     of_models = warm(_warm_model, models_to_compile(bench), 0.4 * (bench.deadline - time.monotonic()), most=4)
     return warm(_warm, ops_to_compile(), bench.deadline - time.monotonic()) and of_models
 

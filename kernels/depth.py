@@ -6,8 +6,7 @@
     out = Âᵀ H′ + Bᵀ Z                 [n, d_b]             Z: the m segments of z as rows
 
 Reads n rows of H′ and m of z a token, writes n. The coefficients are computed from H′ here; neither they nor Âᵀ H′ are
-ever stored. Two passes along d_b, as in `width`; up to 4 slots one, see few.py. W_α and W_β come as V, see
-projections.py.
+ever stored. Two passes along d_b, as in `width`; one in few.py. W_α and W_β come as V, see projections.py.
 """
 
 from __future__ import annotations

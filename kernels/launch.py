@@ -262,9 +262,9 @@ def weight_splits(device: torch.device, rows: int, m: int, n: int, d: int, colum
 
 
 def e_dtype(m: int, n: int, dtype: torch.dtype) -> torch.dtype:
-    """What e = rstd · ∂L/∂q is kept in. With many slots it is a good part of what a backward pass moves, a tenth and
-    more; there it is rounded to bfloat16 as the state's gradients are. float16 has too small a range for it, and an odd
-    number of columns would not be loaded ahead."""
+    """What e = rstd · ∂L/∂q is kept in. With many slots it is a good part of what a backward pass moves, in float32 a
+    tenth to a third at (8, 64); there it is rounded to bfloat16 as the state's gradients are. float16 has too small a
+    range for it, and an odd number of columns would not be loaded ahead."""
     return dtype if n > 8 and n % 2 == m % 2 == 0 and dtype == torch.bfloat16 else torch.float32
 
 
@@ -323,7 +323,7 @@ class Launch:
 
     def programs(self, name: str) -> int:
         """How many programs share the tokens (those of a group, where a program has one), and leave a partial sum each,
-        in a backward pass; no more than tokens, since each has at least one. Eight warps are all that fit a
+        in a backward pass; no more than tokens. (One that gets none leaves zeros.) Eight warps are all that fit a
         multiprocessor with 255 registers a thread; those of last.py take half of that."""
         return self._share(name, 16 if name == "group_norm_backward" else 8)
 

@@ -598,7 +598,7 @@ def many_step_backward_kernel(
     PER: tl.constexpr, PREC: tl.constexpr, DYNAMIC: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the state between is used as soon as it is made, and again later: meanwhile it is in
-    [PER, n, d_b] of memory of the program's own, which should stay in the cache."""
+    [PER, n, d_b] of memory of the program's own, which should stay in the cache (long rows of few slots do not)."""
     program = tl.program_id(0)
     between += tl.cast(program, tl.int64) * (PER * N * D)
     for tile in tl.range(program, tl.cdiv(T, PER), tl.num_programs(0), disable_licm=True):

@@ -1,6 +1,6 @@
 """A raw operation and its gradient, made differentiable: for eager mode, and for torch.compile and torch.export.
 
-In eager mode an operation is a `torch.autograd.Function`, some 100 µs a call cheaper than a custom operator; under
+In eager mode an operation is a `torch.autograd.Function`, which costs less Python a call than a custom operator; under
 `torch.compile` and `torch.export` it is the custom operator `torch.ops.vwn_ref.ghc_<name>`, one opaque node in the
 graph. Both run the same two functions.
 """

@@ -3,8 +3,8 @@
     python -m vwn_ref.kernels.tune step_backward 4,8 --widths 1024 4096 --set BD=64,128 maxnreg=0,168 --programs 8 12
 
 times every combination; the first line of each width is launch.py's own choice. --set takes those of BD, BT,
-num_warps, num_stages, AHEAD and GRAM that `launch.sizes` gives for the kernel, but no BD that is a whole row (up to 4
-slots, and `group_norm`), and maxnreg (registers of a thread at most, 0 for no limit); of `weights` BR, BD, num_warps,
+num_warps, num_stages, AHEAD and GRAM that `launch.sizes` gives for the kernel, but no BD that is a whole row (of
+few.py, and `group_norm`), and maxnreg (registers of a thread at most, 0 for no limit); of `weights` BR, BD, num_warps,
 num_stages and each, see `launch.Stretch`. --programs: on a multiprocessor (of `group_norm` for each group; the forward
 walks have as many as there are blocks of tokens).
 

@@ -9,8 +9,8 @@ Reads n rows of d_b a token, writes m. Âᵀ H′ is not computed here: `depth` 
 reading there, where storing it here would cost n rows of writing here besides.
 
 Along d_b there are two passes over H′ (three with the norm): the coefficients must be there before anything can be
-mixed. Only the first comes from memory; BT tokens are few enough to be in the cache still at the second. Up to 4 slots
-there is one: see few.py. W_α comes as V, see projections.py.
+mixed. Only the first comes from memory; BT tokens are few enough to be in the cache still at the second. Where a
+token's rows fit the registers there is one: see few.py. W_α comes as V, see projections.py.
 """
 
 from __future__ import annotations

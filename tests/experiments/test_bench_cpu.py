@@ -54,5 +54,7 @@ def test_the_file(clock, monkeypatch, tmp_path, capsys):
     found = bench_cpu.main(["--threads", "1", "--rounds", "2", "--shapes", "2,3", "--json", str(path)])
     kept = json.loads(path.read_text())
     assert kept["results"] == found and kept["clock"] == "wall" and len(found) == 1
+    assert kept["command"].endswith("bench_cpu --threads 1 --rounds 2 --shapes 2,3 --json " + str(path))
+    assert kept["rounds"] == 2 and kept["model"]["dim"] == bench_cpu.DIM and {"commit", "processor"} <= kept.keys()
     assert (found[0]["m"], found[0]["n"], found[0]["threads"]) == (2, 3, 1)
     assert "3.00" in capsys.readouterr().out and [one.name for one in tmp_path.iterdir()] == ["bench.json"]

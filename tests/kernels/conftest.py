@@ -17,7 +17,7 @@ if importlib.util.find_spec("triton") is None:  # it is made for Linux
 
 
 # Of test_gpu.py: what takes longest, so that no worker is left alone with it, and what is compiled for others
-FIRST = ("torch_compile", "small_sizes", "opcheck", "autocast", "8-64", "4-16", "1-4-4096", "2048-4096")
+FIRST = ("torch_compile", "small_sizes", "opcheck", "autocast", "8-64", "[4-16-", "1-4-4096", "2048-4096")
 
 
 def pytest_collection_modifyitems(items) -> None:

@@ -6,10 +6,11 @@
     bench      `vwn_ref.kernels.bench`, so many minutes, and README's table
     sanitizer  compute-sanitizer over the kernels that `values` has compiled
 
-In this order, or those of --parts. One that fails does not stop the next, but is in the exit status. What the tests did
-is kept beside the measurements, figures/data/gpu/<device>/tests.json, written anew after each part, with what parts
-that did not run now had done before with the same code. While a part runs, tests.jsonl there has a line for each test
-that is done, and keeps it if all is cut short.
+In this order, or those of --parts. One that fails, or takes far longer than it should and is ended, does not stop the
+next, but is in the exit status. What the tests did is kept beside the measurements, in tests.json of
+figures/data/gpu/<device>, written anew after each part, with what parts that did not run now had done before with the
+same code. While a part runs, tests-<part>.jsonl there has a line for each test that is done, and keeps it if all is cut
+short, until that part runs again.
 
 Python needs PyTorch with CUDA, Triton, pytest, einops, jaxtyping and filelock; vwn_ref need not be installed.
 """
@@ -52,12 +53,12 @@ def overlay(folder: Path) -> dict[str, str]:
 
 def outcome(lines: Path) -> dict:
     """Of a pytest run, from what conftest.py has written: counts, the names of what passed, and why others did not.
-    A test with two outcomes, its own and that of what comes after it, has the worse one."""
+    A test with two outcomes, its own and that of what comes after it, has failed if one of them says so."""
     found: dict[str, dict] = {}
     for line in lines.read_text(encoding="utf-8").splitlines() if lines.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):  # of a line that was being written
             row = json.loads(line)
-            if found.get(row["test"], {}).get("outcome") in (None, "passed"):
+            if row["test"] not in found or row["outcome"] == "failed":
                 found[row["test"]] = row
     of = {how: [row for row in found.values() if row["outcome"] == how] for how in ("passed", "failed", "skipped")}
     return {how: len(rows) for how, rows in of.items()} | {
@@ -109,16 +110,19 @@ class Compiling:
     def __enter__(self) -> Compiling:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, error, *_) -> None:
         if self.process is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.done = self.process.wait(60 * self.minutes) == 0
-            end(self.process)
+            try:
+                if error is None:
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        self.done = self.process.wait(60 * self.minutes) == 0
+            finally:
+                end(self.process)
 
 
-def tests(part: str, env: dict[str, str], workers: int, minutes: float, lines: Path) -> dict:
+def tests(part: str, env: dict[str, str], workers: int, minutes: float, folder: Path) -> dict:
     """What a part of test_gpu.py came to."""
-    began = time.monotonic()
+    began, lines = time.monotonic(), folder / f"tests-{part}.jsonl"
     lines.unlink(missing_ok=True)
     options = ["-n", str(workers), "--dist", "load"] if part != "alone" and workers > 1 else []
     command = ["pytest", "tests/kernels/test_gpu.py", *options, "-k", TESTS[part], "-rs", "-q"]
@@ -132,13 +136,21 @@ def earlier(file: Path, facts: dict) -> dict[str, dict]:
     """part -> row, of what was kept there by the same code on the same device."""
     with contextlib.suppress(OSError, json.JSONDecodeError):
         kept = json.loads(file.read_text(encoding="utf-8"))
-        if facts["commit"] is not None and all(kept.get(name) == value for name, value in facts.items()):
+        named = facts["commit"] is not None and not facts["commit"].endswith("-dirty")
+        if named and all(kept.get(name) == value for name, value in facts.items()):
             return {row["part"]: row for row in kept["rows"]}
     return {}
 
 
+def git_commit() -> str | None:
+    """Of what is checked out, with "-dirty" where it has been changed; None outside a repository."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+
 def about(commit: str | None) -> dict:
-    """What the tests ran on."""
+    """What the tests run on."""
     import torch
     import triton
 
@@ -146,10 +158,15 @@ def about(commit: str | None) -> dict:
     return {"device": device, "torch": torch.__version__, "triton": triton.__version__, "commit": commit}
 
 
+def stop(number: int, _) -> None:
+    """A signal that would end this process, and leave what it has started at the GPU."""
+    raise SystemExit(128 + number)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Everything; 1 where anything failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all of them")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, action="extend", help="default: all of them")
     parser.add_argument("--minutes", type=float, default=6.5, help="for the benchmark, default %(default)s")
     parser.add_argument(
         "--test-minutes", type=float, default=10, help="after which a part of the tests is ended, default %(default)s"
@@ -162,7 +179,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     if not torch.cuda.is_available():
         parser.error("no GPU here: torch.cuda.is_available() is False")
-    facts = about(asked.commit)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, stop)
+    wanted = asked.parts or PARTS
+    facts = about(asked.commit or git_commit())  # asked before any file is written
     folder = asked.out / facts["device"].replace(" ", "-").replace("/", "-")
     folder.mkdir(parents=True, exist_ok=True)
     most = min(6, os.cpu_count() or 1, int(torch.cuda.get_device_properties(0).total_memory // GPU_BYTES_A_WORKER))
@@ -172,22 +192,25 @@ def main(arguments: list[str] | None = None) -> int:
         env = dict(os.environ)
         if importlib.util.find_spec("vwn_ref") is None or importlib.util.find_spec("vwn_ref.kernels") is None:
             env |= overlay(Path(name))
-        for part in (x for x in PARTS if x in asked.parts):
+        for part in (x for x in PARTS if x in wanted):
             if part == "bench":
-                out = ["--out", str(asked.out), *(["--commit", asked.commit] if asked.commit else [])]
+                out = ["--out", str(asked.out), *(["--commit", facts["commit"]] if facts["commit"] else [])]
                 command = ["--minutes", str(asked.minutes), *out, *["--compiled"] * compiled]
-                statuses.append(run("vwn_ref.kernels.bench", *command, env=env))
+                # it looks at its clock between two tasks: twice as long is more than that
+                statuses.append(run("vwn_ref.kernels.bench", *command, env=env, seconds=120 * asked.minutes + 300))
                 command = ["--data", str(asked.out), "--readme", "README.md"]
-                statuses.append(run("vwn_ref.kernels.report", *command, env=env))
+                statuses.append(run("vwn_ref.kernels.report", *command, env=env, seconds=300))
                 continue
-            ahead = part == "values" and "bench" in asked.parts
+            ahead = part == "values" and "bench" in wanted
             with Compiling(env, min(2.0, asked.minutes / 3), ahead) as compiling:
-                found = tests(part, env, workers, asked.test_minutes, folder / "tests.jsonl")
+                found = tests(part, env, workers, asked.test_minutes, folder)
             compiled |= compiling.done
             rows[part] = {"part": part} | found
             statuses.append(found["status"])
             whole = {"stage": "tests", "dry_run": False, **facts, "rows": [rows[x] for x in PARTS if x in rows]}
-            (folder / "tests.json").write_text(json.dumps(whole, indent=1) + "\n")
+            new = folder / "tests.json.new"
+            new.write_text(json.dumps(whole, indent=1) + "\n")
+            new.replace(folder / "tests.json")
     return int(any(statuses))
 
 

@@ -23,6 +23,9 @@ LINES = [
     {"test": "c", "outcome": "skipped", "seconds": 0.0, "why": "too small"},
     {"test": "d", "outcome": "passed", "seconds": 1.0, "why": ""},
     {"test": "d", "outcome": "failed", "seconds": 0.0, "why": "after it"},
+    {"test": "f", "outcome": "skipped", "seconds": 0.0, "why": "too small"},
+    {"test": "f", "outcome": "failed", "seconds": 0.0, "why": "after that"},
+    {"test": "f", "outcome": "passed", "seconds": 0.0, "why": ""},
 ]
 
 
@@ -38,6 +41,8 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80e9))
     monkeypatch.setattr(on_gpu.importlib.util, "find_spec", lambda name: True)
     monkeypatch.setattr(on_gpu.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(on_gpu, "git_commit", lambda: "here-dirty")
+    monkeypatch.setattr(on_gpu.signal, "signal", lambda *_: None)
     commands, statuses = [], {}
 
     def run(*command, env, seconds=None):
@@ -57,27 +62,33 @@ def kept(folder) -> dict:
 def test_outcome_by_hand(tmp_path):
     write_lines(tmp_path / "x")
     found = on_gpu.outcome(tmp_path / "x")
-    assert (found["passed"], found["failed"], found["skipped"], found["tests"]) == (1, 2, 1, ["a"])
-    assert found["failures"] == [{"test": "b", "why": "no"}, {"test": "d", "why": "after it"}]
+    assert (found["passed"], found["failed"], found["skipped"], found["tests"]) == (1, 3, 1, ["a"])
+    assert [x["test"] + " " + x["why"] for x in found["failures"]] == ["b no", "d after it", "f after that"]
     assert found["skips"] == [{"test": "c", "why": "too small"}]
     assert on_gpu.outcome(tmp_path / "none")["passed"] == 0
 
 
-def test_a_failure_stops_nothing_but_is_told(gpu, tmp_path):
+@pytest.mark.parametrize("module, status", [("pytest", 1), ("pytest", 124), ("vwn_ref.kernels.bench", 1)])
+def test_a_failure_stops_nothing_but_is_told(gpu, tmp_path, module, status):
     commands, statuses = gpu
-    statuses["pytest"] = 1
+    statuses[module] = status
     assert on_gpu.main(["--out", str(tmp_path), "--commit", "abc"]) == 1
     bench = ["vwn_ref.kernels.bench", "vwn_ref.kernels.report"]
     assert [c[0] for c in commands] == ["pytest"] * 2 + bench + ["pytest"]  # the sanitizer is last
     found = kept(tmp_path)
     assert found["device"] == "Some GPU/80" and found["commit"] == "abc" and not found["dry_run"]
     assert [(row["part"], row["failed"], row["status"]) for row in found["rows"]] == [
-        (part, 2, 1) for part in ("values", "alone", "sanitizer")
+        (part, 3, statuses.get("pytest", 0)) for part in ("values", "alone", "sanitizer")
     ]
-    assert not list(tmp_path.glob("*/tests.jsonl"))  # all of it is in the other file
-    statuses["pytest"], commands[:] = 0, []
+    assert [path.name for path in tmp_path.glob("*/*")] == ["tests.json"]  # all of it is there
+
+
+def test_without_a_failure(gpu, tmp_path):
+    commands, _ = gpu
     assert on_gpu.main(["--out", str(tmp_path), "--minutes", "3"]) == 0
-    assert commands[2] == ("vwn_ref.kernels.bench", "--minutes", "3.0", "--out", str(tmp_path))
+    assert commands[2] == (
+        "vwn_ref.kernels.bench", "--minutes", "3.0", "--out", str(tmp_path), "--commit", "here-dirty"
+    )  # fmt: skip
 
 
 def test_workers_that_the_memory_holds(gpu, tmp_path):
@@ -91,14 +102,14 @@ def test_workers_that_the_memory_holds(gpu, tmp_path):
 def test_some_parts_and_what_was_kept_of_others(gpu, tmp_path):
     commands, _ = gpu
     out = ["--out", str(tmp_path), "--commit"]
-    on_gpu.main([*out, "abc", "--parts", "alone", "values"])
+    on_gpu.main([*out, "abc", "--parts", "alone", "--parts", "values"])
     assert [c[0] for c in commands] == ["pytest"] * 2
     first = kept(tmp_path)["rows"]
     on_gpu.main([*out, "abc", "--parts", "sanitizer"])
     assert kept(tmp_path)["rows"][:2] == first and len(kept(tmp_path)["rows"]) == 3
     on_gpu.main([*out, "def", "--parts", "alone"])  # other code
     assert [row["part"] for row in kept(tmp_path)["rows"]] == ["alone"]
-    on_gpu.main(["--out", str(tmp_path), "--parts", "values"])  # code without a name
+    on_gpu.main(["--out", str(tmp_path), "--parts", "values"])  # code that has been changed is no name
     on_gpu.main(["--out", str(tmp_path), "--parts", "alone"])
     assert [row["part"] for row in kept(tmp_path)["rows"]] == ["alone"]
 
@@ -134,33 +145,56 @@ def test_what_the_benchmark_needs_is_compiled_meanwhile(gpu, tmp_path, monkeypat
     assert not events  # nothing will be measured
 
 
-def test_what_takes_too_long_ends_with_all_it_started(tmp_path, monkeypatch):
+def test_what_takes_too_long(tmp_path, monkeypatch):
+    (tmp_path / "slow.py").write_text("import time\ntime.sleep(600)\n")
+    monkeypatch.setattr(on_gpu, "ROOT", tmp_path)
+    assert on_gpu.run("slow", env=dict(os.environ), seconds=0.3) == on_gpu.TIMED_OUT
+    assert on_gpu.run("platform", env=dict(os.environ), seconds=600) == 0
+
+
+def test_what_is_ended_ends_with_all_it_started(tmp_path, monkeypatch):
     """A child that does not listen, too."""
     code = f"""
-import signal, subprocess, sys, time
-child = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
+import pathlib, signal, subprocess, sys, time
+child = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
 process = subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE)
 process.stdout.readline()
-open({str(tmp_path / "pid")!r}, "w").write(str(process.pid))
-time.sleep(60)
+pathlib.Path({str(tmp_path / "new")!r}).write_text(str(process.pid))
+pathlib.Path({str(tmp_path / "new")!r}).rename({str(tmp_path / "pid")!r})
+time.sleep(600)
 """
     (tmp_path / "slow.py").write_text(code)
     monkeypatch.setattr(on_gpu, "ROOT", tmp_path)
-    began = time.monotonic()
-    assert on_gpu.run("slow", env=dict(os.environ), seconds=5) == on_gpu.TIMED_OUT
-    child = int((tmp_path / "pid").read_text())
-    while time.monotonic() < began + 60 and alive(child):
+    process = on_gpu.start(["slow"], dict(os.environ))
+    wait_for((tmp_path / "pid").exists)
+    on_gpu.end(process)
+    wait_for(lambda: not alive(int((tmp_path / "pid").read_text())))
+    assert process.poll() is not None
+
+
+def wait_for(condition) -> None:
+    end = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < end
         time.sleep(0.1)
-    assert not alive(child) and on_gpu.run("platform", env=dict(os.environ)) == 0
 
 
 def alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+        state = on_gpu.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
         return False
-    status = on_gpu.Path(f"/proc/{pid}/stat")  # one that nobody has waited for is none either
-    return not (status.exists() and status.read_text().rpartition(")")[2].split()[0] == "Z")
+    return state != "Z"  # one that nobody has waited for is none either
+
+
+def test_a_signal_ends_what_was_started(gpu, tmp_path, monkeypatch):
+    """SIGTERM is an exception here: whatever waits for a process then ends it."""
+    handlers = {}
+    monkeypatch.setattr(on_gpu.signal, "signal", handlers.__setitem__)
+    on_gpu.main(["--out", str(tmp_path), "--parts", "alone"])
+    with pytest.raises(SystemExit, match="143"):
+        handlers[signal.SIGTERM](signal.SIGTERM, None)
 
 
 @pytest.mark.parametrize("workers, sent", [([], None), (["-n", "2"], signal.SIGKILL)], ids=["one", "killed"])
@@ -180,14 +214,12 @@ def test_a_line_for_each_test_that_is_done(tmp_path, workers, sent):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *workers, "--confcutdir", str(tmp_path)]
     if sent:
         with open(tmp_path / "test_some.py", "a") as file:
-            file.write("def test_zzz(): time.sleep(60)\n")
+            file.write("def test_zzz(): time.sleep(600)\n")
     env = os.environ | {on_gpu.KEPT: str(lines), "PYTHONPATH": str(tmp_path)}
     process = subprocess.Popen([*command, str(tmp_path)], env=env, start_new_session=True, stdout=subprocess.DEVNULL)
     try:
         if sent:
-            end = time.monotonic() + 120
-            while time.monotonic() < end and not (lines.exists() and lines.read_text().count("\n") == 5):
-                time.sleep(0.2)
+            wait_for(lambda: lines.exists() and lines.read_text().count("\n") >= 5)
             os.killpg(process.pid, sent)
         process.wait(120)
     finally:

@@ -112,7 +112,7 @@ FAULTS_OF_PIECES = {
     "the gradient of the norm's gain as threads left it": ("finish", " * PIECES + c // (BD", " + c // (BD", "g_norm0"),
     "one piece of it twice": ("finish", " * PIECES + c // (BD // PIECES)) * 4", " * PIECES) * 4", "g_norm0"),
 }  # fmt: skip
-# Of the kernels for bfloat16 and more than 4 slots, of which two tokens share a tile
+# Of many.py, two tokens a tile
 FAULTS_OF_TILES = {
     "a missing mask of a tile": (
         "many", "inside[:, None] & (c[None, :] < D)\n\n\n", "inside[:, None] & (c[None, :] < D + 1)\n\n\n", None

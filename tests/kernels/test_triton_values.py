@@ -267,6 +267,7 @@ def test_whose_rows_stay_in_registers(m, n, d, bits, warps):
     "name, m, n, dtype, tokens, each",
     [
         ("depth_backward", 2, 3, torch.bfloat16, 1, 8), ("step_backward", 4, 8, torch.bfloat16, 2, 8),
+        ("step_backward", 1, 4, torch.bfloat16, 4, 8),
         ("step_backward", 4, 16, torch.bfloat16, 1, 8), ("step_backward", 8, 64, torch.bfloat16, 1, 2),
         ("depth_backward", 8, 64, torch.float32, 1, 1), ("group_norm_backward", 4, 8, torch.bfloat16, 1, 4),
         ("group_norm_backward", 1, 3, torch.float32, 1, 2), ("group_norm_backward", 1, 64, torch.float32, 1, 1),
@@ -278,7 +279,8 @@ def test_programs_of_a_multiprocessor(name, m, n, dtype, tokens, each, monkeypat
     the tokens in a tile."""
     monkeypatch.setattr(launching, "INTERPRETED", False)
     monkeypatch.setattr(launching, "programs", lambda device, each: each)
-    launch = launching.Launch(torch.zeros(99, n, 1024 // m, dtype=dtype, device=DEVICE), m, dynamic=True)
+    width = 4096 if n == 4 else 1024
+    launch = launching.Launch(torch.zeros(99, n, width // m, dtype=dtype, device=DEVICE), m, dynamic=True)
     assert (launch.programs(name), launch.at_once(name)) == (each, each * tokens)
     if name == "step_backward":
         assert launch.partial(name, m).shape == (each * tokens, 2, n, m)
@@ -286,7 +288,7 @@ def test_programs_of_a_multiprocessor(name, m, n, dtype, tokens, each, monkeypat
 
 @pytest.mark.parametrize("n, dtype", [(3, torch.bfloat16), (6, torch.float32), (6, torch.bfloat16)], ids=str)
 def test_projections(n, dtype):
-    """In float32, and rounded to the nearest bfloat16 for bfloat16 states of more than 4 slots."""
+    """In float32, and rounded to the nearest bfloat16 where many.py takes them."""
     case = helpers.case(2, n, 133, (1,), torch.float32)  # a second block of columns, and part of it is padding
     H, _, _, W_alpha, W_beta, _, _, gain = (t.to(DEVICE) for t in case.inputs)
     launch = launching.Launch(H.to(dtype), 2, dynamic=True)

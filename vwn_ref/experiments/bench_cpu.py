@@ -16,7 +16,9 @@ import argparse
 import contextlib
 import json
 import platform
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +28,7 @@ import torch
 from vwn_ref import DynamicGHC, VWNConfig, VWNTransformer
 from vwn_ref.cost import ratio_to_plain
 from vwn_ref.experiments.storage import write_text
+from vwn_ref.experiments.train import git_commit
 from vwn_ref.kernels import cpu_backend, cpu_backend_forced
 
 SHAPES = ((2, 3), (4, 8), (4, 16), (8, 64))
@@ -125,6 +128,16 @@ def measure(m: int, n: int, ways: tuple[str, ...], rounds: int, clock: Callable[
     return found
 
 
+def processor() -> str:
+    """The CPU's name, as far as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -164,8 +177,20 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     finally:
         torch.set_num_threads(before)
     if options.json:
-        content = {"torch": torch.__version__, "clock": options.clock, "results": results}
-        write_text(Path(options.json), json.dumps(content, indent=1))
+        given = sys.argv[1:] if arguments is None else arguments
+        content = {
+            "command": shlex.join(["python", "-m", "vwn_ref.experiments.bench_cpu", *given]),
+            "commit": git_commit(),
+            "platform": platform.platform(),
+            "processor": processor(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "clock": options.clock,
+            "rounds": options.rounds,
+            "model": {"vocab_size": VOCAB, "dim": DIM, "n_layers": BLOCKS, "batch_size": BATCH, "seq_len": SEQ_LEN},
+            "results": results,
+        }
+        write_text(Path(options.json), json.dumps(content, indent=1) + "\n")
     return results
 
 

@@ -30,7 +30,7 @@ import torch
 import tyro
 
 from vwn_ref.config import VWNConfig
-from vwn_ref.experiments.bench_cpu import undisturbed
+from vwn_ref.experiments.bench_cpu import processor, undisturbed
 from vwn_ref.experiments.checkpoint import CheckpointError
 from vwn_ref.experiments.console import told
 from vwn_ref.experiments.data import Corpus, load_corpus
@@ -176,16 +176,6 @@ def run(options: StepTimesConfig) -> dict[str, list[float]]:
     }
     write_text(out / FILE, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     return seconds
-
-
-def processor() -> str:
-    """The CPU's name, as far as the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def main() -> None:
