@@ -179,7 +179,7 @@ SPLIT = {
     "routing: r1 − plain": ("r1", "plain"),
     "width: r4-lowrank − r1": ("r4-lowrank", "r1"),
     "width: r8-lowrank − r1": ("r8-lowrank", "r1"),
-    "both: r4-lowrank − plain": ("r4-lowrank", "plain"),
+    "routing and width: r4-lowrank − plain": ("r4-lowrank", "plain"),
     "table: r4 − r4-lowrank": ("r4", "r4-lowrank"),
     "all: r4 − plain": ("r4", "plain"),
 }
