@@ -37,8 +37,12 @@ def test_what_was_measured_is_drawn(tmp_path):
     for stage, rows in {"ops": ops, "steps": steps}.items():
         (folder / f"{stage}.json").write_text(json.dumps({"stage": stage, "rows": rows}))
     forward, backward, training = gpu(tmp_path).axes
-    assert [t.get_text() for t in forward.texts if t.get_text()] == ["50", "12"]
-    assert [t.get_text() for t in backward.texts if t.get_text()] == ["25"]
+    written = [[t.get_text() for t in ax.texts if t.get_text()] for ax in (forward, backward)]
+    # of two ways and four shapes
+    assert sorted(written[0]) == ["12", "50"] + ["not measured"] * 6
+    assert sorted(written[1]) == ["25"] + ["not measured"] * 7
+    place = {round(t.get_position()[0], 1) for t in forward.texts if t.get_text() == "not measured"}
+    assert place == {0.8, 1.2, 1.8, 2.2, 2.8, 3.2}  # beside the bars of (2, 3)
     assert [t.get_text() for t in training.texts if t.get_text()] == ["12.5", "50.0"]
     assert forward.get_ylabel().startswith("Some GPU")
     heights = [[bar.get_height() for bar in kind] for kind in training.containers]

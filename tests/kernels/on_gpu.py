@@ -74,8 +74,8 @@ def start(command: list[str], env: dict[str, str]) -> subprocess.Popen:
 
 
 def end(process: subprocess.Popen) -> None:
-    """It, and all that it started: asked first, so that it can say what it has done, then killed."""
-    for sent, seconds in ((signal.SIGINT, 15), (signal.SIGKILL, 15)):
+    """It, and all that it started: asked first, then killed."""
+    for sent, seconds in ((signal.SIGTERM, 15), (signal.SIGKILL, 15)):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, sent)
         with contextlib.suppress(subprocess.TimeoutExpired):

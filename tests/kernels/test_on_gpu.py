@@ -156,7 +156,7 @@ def test_what_is_ended_ends_with_all_it_started(tmp_path, monkeypatch):
     """A child that does not listen, too."""
     code = f"""
 import pathlib, signal, subprocess, sys, time
-child = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
+child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
 process = subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE)
 process.stdout.readline()
 pathlib.Path({str(tmp_path / "new")!r}).write_text(str(process.pid))
