@@ -145,6 +145,18 @@ def test_what_the_benchmark_needs_is_compiled_meanwhile(gpu, tmp_path, monkeypat
     assert not events  # nothing will be measured
 
 
+def test_compiling_ends_at_once_with_an_error(monkeypatch):
+    ended = []
+    process = SimpleNamespace(wait=lambda timeout: pytest.fail("it waits"))
+    monkeypatch.setattr(on_gpu, "start", lambda command, env: process)
+    monkeypatch.setattr(on_gpu, "end", ended.append)
+    monkeypatch.setattr(on_gpu.os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=141e9))
+    with pytest.raises(KeyboardInterrupt), on_gpu.Compiling({}, 1.0, wanted=True) as compiling:
+        raise KeyboardInterrupt
+    assert ended == [process] and not compiling.done
+
+
 def test_what_takes_too_long(tmp_path, monkeypatch):
     (tmp_path / "slow.py").write_text("import time\ntime.sleep(600)\n")
     monkeypatch.setattr(on_gpu, "ROOT", tmp_path)

@@ -170,6 +170,7 @@ def test_two_sublayers_with_their_norms(m, n, d, tokens, dtype, static):
     [
         (1, 1, 8, 7, torch.float32, False),
         (1, 4, 12, 5, torch.float16, False),
+        (1, 4, 12, 5, torch.bfloat16, False),
         (2, 3, 96, 7, torch.float32, False),
         (2, 4, 40, 5, torch.float16, False),
         (3, 3, 12, 3, torch.float32, True),
@@ -185,11 +186,12 @@ def test_two_sublayers_with_their_norms(m, n, d, tokens, dtype, static):
     ids=str,
 )
 def test_few_slots_of_rows_too_long_for_the_registers(monkeypatch, m, n, d, tokens, dtype, static):
-    """bfloat16 several tokens a tile, the others by walks. V is rounded to bfloat16 then: measured at most 1.7e-2."""
+    """bfloat16 several tokens a tile, the others by walks."""
     monkeypatch.setattr(launching, "whole_rows", lambda *_: 0)
     assert launching.family("step", m, n, d, dtype) == ("many_" if dtype == torch.bfloat16 else "")
     case, options = (m, n, d, (tokens,), dtype), {"static": static, "groups": n % m == 0}
-    tolerance = 2e-2 if dtype == torch.bfloat16 else TOLERANCE[dtype]
+    # V is rounded to bfloat16 there: measured at most 1.7e-2 in these two, whose sums over tokens cancel
+    tolerance = 2e-2 if dtype == torch.bfloat16 and (m, n) in ((1, 1), (2, 3)) else TOLERANCE[dtype]
     assert_close(two_sublayers(fused, *case, **options), two_sublayers(Reference, *case, **options), tolerance)
 
 
@@ -219,6 +221,7 @@ def test_what_was_timed_is_of_one_target(monkeypatch):
     assert [asked("step_backward", n, "sm_90") for n in (8, 16, 64)] == [(128, 1, None)] * 3
     for target in ("sm_80", "sm_100", "hip", "gfx942"):
         assert asked("step", 64, target) == asked("step_backward", 64, target) == (64, 1, None)
+    assert [asked("step", n, "sm_90")[0] for n in (1, 2, 3, 4)] == [32, 32, 64, 64]  # nothing was timed
     assert launching.target_of(torch.device("cpu")) == "sm_90"
     targets = ("sm_90", "sm_80", "hip", "gfx942")
     stages = [launching.weight_sizes(8, 64, 128, 8, 72, torch.bfloat16, target)["num_stages"] for target in targets]
@@ -477,12 +480,13 @@ def test_epsilon_zero_in_a_short_last_block(m, n, dtype):
     "m, n, dtype, reached",
     [
         (2, 3, torch.float32, [4]), (3, 9, torch.bfloat16, [4]), (4, 16, torch.float32, [4]),
+        # with Triton before 3.8 a tile's tokens share a product
+        (4, 8, torch.float32, [4] if tiles.LEAST_SUM == 8 else list(range(8))),
         (4, 8, torch.bfloat16, [4, 5]),  # tokens 4 and 5 share a tile: 0 · NaN is NaN
     ],
     ids=str,
 )  # fmt: skip
 def test_nan_and_infinity_stay_in_their_token(m, n, dtype, reached):
-    """(In walks of 5 to 8 slots as well, but not with Triton before 3.8, where tokens share a product.)"""
     case = helpers.case(m, n, 12, (9,), dtype)
     for bad in (float("nan"), float("inf")):
         H, *parameters = (t.to(DEVICE).clone() for t in case.inputs)
