@@ -62,6 +62,7 @@ from vwn_ref.kernels.launch import family, fuses_step_backward
 from vwn_ref import dynamic, ghc
 from vwn_ref.config import VWNConfig
 from vwn_ref.cost import BACKWARD, activation_bytes, kernel_traffic, model_flops, model_parameters, ratio_to_plain
+from vwn_ref.experiments.provenance import git_commit
 from vwn_ref.experiments.storage import write_text
 from vwn_ref.model import VWNTransformer, cross_entropy
 from vwn_ref.stack import through
@@ -867,10 +868,7 @@ def about(bench: Bench, commit: str | None) -> dict:
     import triton
 
     if commit is None:
-        with contextlib.suppress(ImportError):
-            from vwn_ref.experiments.train import git_commit
-
-            commit = git_commit()
+        commit = git_commit()
     facts = {
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "commit": commit,

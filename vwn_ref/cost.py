@@ -148,17 +148,6 @@ def kernel_traffic(dim: int, m: int, n: int, *, fusion: str = "step") -> dict[st
     return {kernel: Traffic(read * slot_width, write * slot_width) for kernel, (read, write) in slots.items()}
 
 
-def width_intensity(dim: int, m: int, n: int, *, bytes_per_element: int = 2) -> float:
-    """FLOPs of matrix products per byte of the forward width kernel, which stores the carried state.
-
-    >>> [round(width_intensity(1024, m, n), 1) for m, n in ((2, 3), (4, 8), (8, 64))]
-    [4.5, 11.2, 71.5]
-    """
-    flops = ghc_flops(dim, m, n)
-    moved = kernel_traffic(dim, m, n, fusion="separate")["width"].total * bytes_per_element
-    return (flops["coefficients"].matmul + flops["width"].matmul) / moved
-
-
 # -------------------------------------------------------------------------------------- whole models
 
 

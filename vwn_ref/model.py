@@ -22,14 +22,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from vwn_ref.backbone import MoE, Residual, at_least_float32, sublayers, unembedding
+from vwn_ref.backbone import MoE, at_least_float32, sublayers, unembedding
 from vwn_ref.config import VWNConfig, check_int
-from vwn_ref.dynamic import DynamicGHC
 from vwn_ref.embedding import OverWidthEmbedding
-from vwn_ref.ghc import GHC, parameter_groups
+from vwn_ref.ghc import parameter_groups
 from vwn_ref.mtp import MTPHead
-from vwn_ref.reduce import Reduce
-from vwn_ref.stack import through
+from vwn_ref.stack import connections_for, reduce_for, through
 
 
 class Losses(NamedTuple):
@@ -61,14 +59,14 @@ class VWNTransformer(nn.Module):
             )
         with stream(seed, "backbone"):
             self.sublayers = nn.ModuleList(sublayers(cfg, cfg.n_layers))
-        self.connections = connections(cfg, cfg.n_sublayers)
+        self.connections = connections_for(cfg, cfg.n_layers)
         with stream(seed, "reduce"):
-            self.reduce = reduce(cfg)
+            self.reduce = reduce_for(cfg)
         self.norm = nn.RMSNorm(cfg.dim, eps=cfg.norm_eps)
         with stream(seed, "unembedding"):
             self.unembedding = unembedding(cfg)
         with stream(seed, "mtp"):
-            self.mtp = MTPHead(cfg, connections, reduce) if cfg.mtp_layers else None
+            self.mtp = MTPHead(cfg) if cfg.mtp_layers else None
 
     def states(self, tokens: Int[Tensor, "b t"]) -> Iterator[Float[Tensor, "b t n d"]]:
         """H′⁰, H′¹, …, H′ᴸ, each [b, t, n, d_b] ([b, t, 1, D] for the plain model).
@@ -173,26 +171,6 @@ class VWNTransformer(nn.Module):
                 f"tokens have shape {tuple(tokens.shape)}: must be [b, t] with t ≤ max_seq_len = {self.cfg.max_seq_len}"
             )
         return self.embedding(tokens)
-
-
-def connections(cfg: VWNConfig, count: int) -> nn.ModuleList:
-    """One connection a sublayer: GHC, dynamic or static, or the plain residual."""
-
-    def build() -> nn.Module:
-        if cfg.m is None or cfg.n is None:
-            return Residual()
-        if cfg.dynamic:
-            return DynamicGHC(cfg.dim, cfg.m, cfg.n, eps=cfg.norm_eps, kernels=cfg.kernels)
-        return GHC(cfg.dim, cfg.m, cfg.n, kernels=cfg.kernels)
-
-    return nn.ModuleList(build() for _ in range(count))
-
-
-def reduce(cfg: VWNConfig) -> nn.Module:
-    """Eq. (4); for the plain model only the slot axis goes."""
-    if cfg.m is None or cfg.n is None:
-        return nn.Flatten(-2)
-    return Reduce(cfg.dim, cfg.m, cfg.n, norm=cfg.reduce_norm, init=cfg.reduce_init, eps=cfg.norm_eps)
 
 
 def cross_entropy(logits: Float[Tensor, "b t v"], targets: Int[Tensor, "b t"]) -> Float[Tensor, ""]:

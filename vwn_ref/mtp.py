@@ -21,15 +21,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vwn_ref.backbone import sublayers
-from vwn_ref.config import VWNConfig, check_int
-from vwn_ref.stack import through
+from vwn_ref.config import VWNConfig, check_int, check_widths
+from vwn_ref.stack import connections_for, reduce_for, through
 
 
 class BlockLinear(nn.Module):
     """One linear 2D/m → D/m that every slot shares: two [..., n, d_b] -> [..., n, d_b].
 
     Costs 4 n d_b² FLOPs a token = 4 r D²/m, against 4 r² D² for the dense 2rD → rD.
-    At m = 1, n = 1 it is the dense linear of the plain model's head.
+    At m = 1, n = 1 it is the dense linear of the plain model's head. Raises ValueError unless m divides dim.
 
     >>> mix = BlockLinear(dim=8, m=2)
     >>> mix(torch.randn(5, 3, 4), torch.randn(5, 3, 4)).shape, sum(p.numel() for p in mix.parameters())
@@ -38,10 +38,7 @@ class BlockLinear(nn.Module):
 
     def __init__(self, dim: int, m: int) -> None:
         super().__init__()
-        check_int("dim", dim)
-        check_int("m", m)
-        if dim % m:
-            raise ValueError(f"m = {m}: must divide dim = {dim}, so that a segment is dim/m wide")
+        check_widths(dim, m, n=m)
         self.slot_width = dim // m
         self.linear = nn.Linear(2 * self.slot_width, self.slot_width, bias=False)
         nn.init.normal_(self.linear.weight, std=(2 * self.slot_width) ** -0.5)
@@ -61,19 +58,21 @@ class MTPHead(nn.Module):
 
     H, E [b, t, n, d_b] -> [b, t, D]. Attention inside is causal over the t positions.
 
-    Args: cfg: with `mtp_layers` ≥ 1; connections, reduce: builders shared with the backbone (see `vwn_ref.model`).
+    Raises ValueError for a `cfg` with mtp_layers = 0.
     """
 
-    def __init__(self, cfg: VWNConfig, connections, reduce) -> None:
+    def __init__(self, cfg: VWNConfig) -> None:
         super().__init__()
+        check_int("mtp_layers", cfg.mtp_layers)
         self.state_norm = nn.RMSNorm(cfg.slot_width, eps=cfg.norm_eps)
         self.token_norm = nn.RMSNorm(cfg.slot_width, eps=cfg.norm_eps)
         self.mix = BlockLinear(cfg.dim, cfg.m or 1)
         self.sublayers = nn.ModuleList(sublayers(cfg, cfg.mtp_layers))
-        self.connections = connections(cfg, len(self.sublayers))
-        self.reduce = reduce(cfg)
+        self.connections = connections_for(cfg, cfg.mtp_layers)
+        self.reduce = reduce_for(cfg)
         self.norm = nn.RMSNorm(cfg.dim, eps=cfg.norm_eps)
 
     def forward(self, H: Float[Tensor, "b t n d"], E: Float[Tensor, "b t n d"]) -> Float[Tensor, "b t D"]:
+        """Raises ValueError where H and E differ in shape, see `BlockLinear`."""
         H = self.mix(self.state_norm(H), self.token_norm(E))
         return self.norm(through(H, self.connections, self.sublayers, self.reduce))

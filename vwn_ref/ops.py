@@ -1,4 +1,7 @@
-"""The one seam for speed: what computes `width` and `depth`, chosen once, when a GHC is built.
+"""The seam for speed: what computes `width` and `depth` of a GHC.
+
+A GHC asks for its set of operations when it is built; "auto" is a set that looks at the tensors of every call. Whole
+stacks of sublayers have a second seam, `vwn_ref.stack`, which fuses what lies between two of them.
 
 A set of operations is a module (or namespace) with three functions of the same meaning and arguments as
 

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vwn_ref.config import REDUCE_INITS, check_choice, check_widths
+from vwn_ref.ghc import initial_B
 
 
 def initial_W_reduce(dim: int, m: int, n: int, init: str = "mean") -> Float[Tensor, "D Dn"]:
@@ -27,7 +28,7 @@ def initial_W_reduce(dim: int, m: int, n: int, init: str = "mean") -> Float[Tens
         return torch.randn(dim, n * slot_width) * (n * slot_width) ** -0.5
     if init == "first":
         return torch.eye(dim, n * slot_width)
-    slots = torch.eye(m)[:, torch.arange(n) % m]  # [m, n], the pattern of Eq. (15)
+    slots = initial_B(m, n)  # Eq. (15): which slots hold the same segment
     return torch.kron(slots / slots.sum(dim=1, keepdim=True), torch.eye(slot_width))
 
 

@@ -13,11 +13,32 @@ from types import ModuleType
 
 from torch import Tensor, nn
 
-from vwn_ref.backbone import Sublayer
+from vwn_ref.backbone import Residual, Sublayer
+from vwn_ref.config import VWNConfig
 from vwn_ref.dynamic import DynamicGHC
 from vwn_ref.ghc import GHC
 from vwn_ref.ops import triton_kernels
 from vwn_ref.reduce import Reduce
+
+
+def connections_for(cfg: VWNConfig, n_layers: int) -> nn.ModuleList:
+    """One connection for each sublayer of `n_layers` blocks: GHC, dynamic or static, or the plain residual."""
+
+    def build() -> nn.Module:
+        if cfg.m is None or cfg.n is None:
+            return Residual()
+        if cfg.dynamic:
+            return DynamicGHC(cfg.dim, cfg.m, cfg.n, eps=cfg.norm_eps, kernels=cfg.kernels)
+        return GHC(cfg.dim, cfg.m, cfg.n, kernels=cfg.kernels)
+
+    return nn.ModuleList(build() for _ in range(2 * n_layers))
+
+
+def reduce_for(cfg: VWNConfig) -> nn.Module:
+    """Eq. (4), [..., n, d_b] -> [..., D]; for the plain model only the slot axis goes."""
+    if cfg.m is None or cfg.n is None:
+        return nn.Flatten(-2)
+    return Reduce(cfg.dim, cfg.m, cfg.n, norm=cfg.reduce_norm, init=cfg.reduce_init, eps=cfg.norm_eps)
 
 
 def through(H: Tensor, connections: nn.ModuleList, layers: nn.ModuleList, reduce: nn.Module | None = None) -> Tensor:

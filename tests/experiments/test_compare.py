@@ -7,6 +7,8 @@ import pytest
 from vwn_ref.experiments.checkpoint import CheckpointError
 from vwn_ref.experiments.compare import holm, interval, paired, table
 from vwn_ref.experiments.finished import keep, load_runs
+from vwn_ref.experiments.paper_figures import contrast
+from vwn_ref.experiments.scaling import losses_of
 from vwn_ref.experiments.storage import write_whole
 
 
@@ -103,6 +105,10 @@ def test_runs_on_other_text_are_not_paired(tmp_path):
     assert paired(runs["other"], runs["plain"]).mean == 0
     with pytest.raises(ValueError, match="wide and plain: must be runs on the same corpus"):
         paired(runs["wide"], runs["plain"])
+    with pytest.raises(ValueError, match="wide and plain: must be runs on the same corpus"):
+        contrast(runs, {"wide": 1, "plain": -1})
+    with pytest.raises(ValueError, match="plain and wide: must be runs on the same corpus"):
+        losses_of([runs["plain"], runs["wide"]])
 
 
 @pytest.mark.parametrize("field", ["seq_len", "val_tokens"])

@@ -27,8 +27,8 @@ import torch
 
 from vwn_ref import DynamicGHC, VWNConfig, VWNTransformer
 from vwn_ref.cost import ratio_to_plain
+from vwn_ref.experiments.provenance import git_commit, processor
 from vwn_ref.experiments.storage import write_text
-from vwn_ref.experiments.train import git_commit
 from vwn_ref.kernels import cpu_backend, cpu_backend_forced
 
 SHAPES = ((2, 3), (4, 8), (4, 16), (8, 64))
@@ -126,16 +126,6 @@ def measure(m: int, n: int, ways: tuple[str, ...], rounds: int, clock: Callable[
             "ghc_backward_ms": ms(backward[way]),
         }
     return found
-
-
-def processor() -> str:
-    """The CPU's name, as far as the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def _positive(text: str) -> int:

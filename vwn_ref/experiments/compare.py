@@ -17,7 +17,7 @@ from typing import NamedTuple
 import tyro
 
 from vwn_ref.experiments.console import told
-from vwn_ref.experiments.finished import KeptRun, keep, load_runs
+from vwn_ref.experiments.finished import KeptRun, load_runs
 
 
 class Estimate(NamedTuple):
@@ -58,27 +58,32 @@ def holm(p: Sequence[float], level: float = 0.05) -> list[bool]:
 
 
 class NotPaired(ValueError):
-    """Two models whose losses are not of the same text."""
+    """Models whose losses are not of the same text."""
+
+
+def check_comparable(runs: Sequence[KeptRun], name: str = "val_next") -> None:
+    """Raise NotPaired for runs trained on different text or validated on different windows, ValueError for one without
+    this loss."""
+    names = " and ".join(dict.fromkeys(run.name for run in runs))
+    if len({(run.summary.get("corpus") or {}).get("digest") for run in runs}) > 1:
+        raise NotPaired(f"{names}: must be runs on the same corpus")
+    for field in ("seq_len", "val_tokens"):  # these fix the windows
+        if len({run.config.get(field) for run in runs}) > 1:
+            raise NotPaired(f"{names}: must be runs with the same {field}")
+    if name.endswith("next2") and not all(run.config.get("model", {}).get("mtp_layers", 1) for run in runs):
+        raise ValueError(f"{names}: must have an MTP head, {name} is its loss")  # a summary says 0 without one
 
 
 def paired(runs: Sequence[KeptRun], base: Sequence[KeptRun], name: str = "val_next") -> Estimate:
     """Loss of `runs` minus loss of `base` over the seeds that both have.
 
-    Raises NotPaired where they were trained on different text or validated on different windows, ValueError where they
-    have no seed in common.
+    Raises as `check_comparable`, and ValueError where they have no seed in common.
     """
-    both = f"{runs[0].name} and {base[0].name}"
-    if len({(run.summary.get("corpus") or {}).get("digest") for run in (*runs, *base)}) > 1:
-        raise NotPaired(f"{both}: must be runs on the same corpus")
-    for field in ("seq_len", "val_tokens"):  # these fix the windows
-        if len({run.config.get(field) for run in (*runs, *base)}) > 1:
-            raise NotPaired(f"{both}: must be runs with the same {field}")
-    if name.endswith("next2") and not all(run.config.get("model", {}).get("mtp_layers", 1) for run in (*runs, *base)):
-        raise ValueError(f"{both}: must have an MTP head, {name} is its loss")  # a summary says 0 without one
+    check_comparable([*runs, *base], name)
     there = {run.seed: run.summary[name] for run in base}
     differences = [run.summary[name] - there[run.seed] for run in runs if run.seed in there]
     if not differences:
-        raise ValueError(f"{both}: must have a seed in common")
+        raise ValueError(f"{runs[0].name} and {base[0].name}: must have a seed in common")
     return interval(differences)
 
 
@@ -114,16 +119,12 @@ class CompareConfig:
     """Folder of runs named <variant>-s<seed>."""
     base: str = "plain"
     """The variant that the others are paired with."""
-    keep_from: str | None = None
-    """First copy the finished runs of this folder here (config, log and summary; no weights)."""
 
 
 def main() -> None:
     """Print the table."""
     config = tyro.cli(CompareConfig, prog="python -m vwn_ref.experiments.compare", description=__doc__)
     with told():
-        if config.keep_from is not None:
-            keep(config.keep_from, config.folder)
         print(table(config.folder, config.base))
 
 

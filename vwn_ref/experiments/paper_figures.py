@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from vwn_ref.experiments import downstream, paper
-from vwn_ref.experiments.compare import Estimate, interval
+from vwn_ref.experiments.compare import Estimate, check_comparable, interval
 from vwn_ref.experiments.console import told
 from vwn_ref.experiments.finished import KeptRun, NotRun, Runs, runs_in, shared_seeds
 from vwn_ref.experiments.plots import COLOURS, MARKERS, PLAIN, signed
@@ -88,11 +88,12 @@ class BySeed:
 def contrast(runs: Runs, weights: Mapping[str, int | float], name: str = "val_next") -> BySeed | None:
     """Sum of weight × final loss over the variants, seed by seed: {"r8": 1, "plain": -1} is a paired difference.
 
-    Over the seeds that all the variants have; None where there is no such seed.
+    Over the seeds that all the variants have; None where there is no such seed. Raises as `compare.check_comparable`.
     """
     seeds = shared_seeds(runs, *weights)
     if not seeds:
         return None
+    check_comparable([run for variant in weights for run in runs[variant]], name)
     final = {variant: {run.seed: run.summary[name] for run in runs[variant]} for variant in weights}
     return BySeed({seed: sum(w * final[variant][seed] for variant, w in weights.items()) for seed in seeds})
 

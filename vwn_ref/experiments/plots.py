@@ -138,8 +138,9 @@ def wiring(ax: Axes, A: object, B: object, *, title: str = "") -> None:
     ):
         ax.scatter([x] * len(ys), ys, s=26, color="0.2", zorder=2)
         for k, y in enumerate(ys, start=1):
-            ax.text(x + (0.09 if side == "left" else -0.09), y, f"{name}{k}", ha=side, va="center", fontsize=8)
-    ax.set(title=title, xlim=(left - 0.6, right + 0.6), ylim=(-n + 0.5, m + 1.7))
+            gap = 0.15 if name else 0.09
+            ax.text(x + (gap if side == "left" else -gap), y, f"{name}{k}", ha=side, va="center", fontsize=8)
+    ax.set(title=title, xlim=(left - 0.7, right + 0.7), ylim=(-n + 0.5, m + 1.7))
     ax.axis("off")
 
 

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from vwn_ref.config import check_choice, check_float
-from vwn_ref.experiments.compare import Estimate, interval
+from vwn_ref.experiments.compare import Estimate, check_comparable, interval
 from vwn_ref.experiments.console import told
 from vwn_ref.experiments.finished import KeptRun, common_seeds, load_runs, measures
 
@@ -305,8 +305,12 @@ def bootstrap(logs: Sequence[float], resamples: int = 2000) -> tuple[float, floa
 
 
 def losses_of(groups: Sequence[Sequence[KeptRun]], name: str = "val_next") -> tuple[list[int], ndarray]:
-    """Seeds that all groups of runs have, and their final losses [seeds, groups]. Raises ValueError without such."""
+    """Seeds that all groups of runs have, and their final losses [seeds, groups].
+
+    Raises ValueError without such seeds, and as `compare.check_comparable`.
+    """
     seeds = common_seeds(groups)
+    check_comparable([run for runs in groups for run in runs], name)
     by_seed = [{run.seed: run.summary[name] for run in runs} for runs in groups]
     return seeds, np.array([[group[seed] for group in by_seed] for seed in seeds])
 

@@ -30,23 +30,16 @@ import torch
 import tyro
 
 from vwn_ref.config import VWNConfig
-from vwn_ref.experiments.bench_cpu import processor, undisturbed
+from vwn_ref.experiments.bench_cpu import undisturbed
 from vwn_ref.experiments.checkpoint import CheckpointError
 from vwn_ref.experiments.console import told
 from vwn_ref.experiments.data import Corpus, load_corpus
 from vwn_ref.experiments.finished import KeptRun, is_number
+from vwn_ref.experiments.provenance import git_commit
 from vwn_ref.experiments.run import read_json
 from vwn_ref.experiments.storage import json_digest, write_text
 from vwn_ref.experiments.sweep import read_sweep
-from vwn_ref.experiments.train import (
-    Objective,
-    TrainConfig,
-    advance,
-    check_corpus,
-    check_share,
-    git_commit,
-    optimizer_of,
-)
+from vwn_ref.experiments.train import Objective, TrainConfig, advance, check_corpus, check_share, optimizer_of
 from vwn_ref.experiments.world import World, joined_world, torch_settings
 from vwn_ref.kernels import cpu_backend
 from vwn_ref.model import VWNTransformer

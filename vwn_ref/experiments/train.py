@@ -19,7 +19,6 @@ import os
 import platform
 import shlex
 import signal
-import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,11 +36,10 @@ from vwn_ref.experiments import checkpoint
 from vwn_ref.experiments.checkpoint import CheckpointError
 from vwn_ref.experiments.console import Clock, Progress, Signals, note, told
 from vwn_ref.experiments.data import Corpus, DataConfig, describe, load_corpus, load_tokenizer
+from vwn_ref.experiments.provenance import git_commit
 from vwn_ref.experiments.run import Run, read_config, read_json
 from vwn_ref.experiments.world import World, joined_world, torch_settings
-from vwn_ref.model import VWNTransformer
-
-PART = ("total", "next", "next2", "balance")  # the fields of Losses
+from vwn_ref.model import Losses, VWNTransformer
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ class TrainConfig:
     """Sequences a step, over all processes."""
     micro_batch: int | None = None
     """Sequences at once in a process, to save memory; gradients are added up. None: its whole share of the batch. The
-    load balance of a MoE is that of the sequences at once, so there this, and the number of processes, matter."""
+    load balance of a MoE is taken over the sequences at once, so that its loss depends on this and on the processes."""
     seq_len: int = 128
     """Tokens predicted in each sequence."""
     lr: float = 3e-3
@@ -272,7 +270,7 @@ def train_loop(config: TrainConfig, corpus: Corpus, world: World, run: Run, sign
     torch.manual_seed(config.seed)
     model = VWNTransformer(config.model).to(world.device)
     optimizer = optimizer_of(model, config, world.device)
-    sums = torch.zeros(len(PART), device=world.device)  # of the losses since the last line of the log
+    sums = torch.zeros(len(Losses._fields), device=world.device)  # of the losses since the last line of the log
     since = 0  # steps in `sums`
     first, clock = 0, Clock()
     commit = git_commit()  # of the code that runs, whatever is committed while it does
@@ -319,7 +317,10 @@ def train_loop(config: TrainConfig, corpus: Corpus, world: World, run: Run, sign
             if last or done % config.log_interval == 0 or done % config.val_interval == 0:
                 means = (world.mean(sums) / since).tolist()
                 row = {"step": done, "tokens": done * tokens_per_step, "lr": lr_at(config, step)}
-                row |= {"grad_norm": norm.item(), **{f"train_{name}": x for name, x in zip(PART, means, strict=True)}}
+                row |= {
+                    "grad_norm": norm.item(),
+                    **{f"train_{name}": x for name, x in zip(Losses._fields, means, strict=True)},
+                }
                 if not math.isfinite(sum(means)):
                     raise FloatingPointError(
                         f"the loss at step {done} is {row['train_total']}: lr = {config.lr} may be too high"
@@ -379,7 +380,7 @@ def backward(
     share = config.batch_size // world.size
     mine = train_batch(corpus.train, config, step)[world.rank * share :][:share]
     parts = torch.from_numpy(mine).to(world.device).split(config.micro_batch or share)
-    losses = torch.zeros(len(PART), device=world.device)
+    losses = torch.zeros(len(Losses._fields), device=world.device)
     for i, tokens in enumerate(parts):
         # DDP averages gradients over the processes in the last backward only
         synced = i == len(parts) - 1 or not isinstance(objective, DistributedDataParallel)
@@ -396,14 +397,14 @@ def validate(objective: nn.Module, corpus: Corpus, config: TrainConfig, world: W
     """Mean losses over the validation windows, shared between the processes: val_total, val_next, ..."""
     objective.eval()
     starts = val_starts(corpus.val, config)
-    sums = torch.zeros(len(PART), device=world.device, dtype=torch.float32)
+    sums = torch.zeros(len(Losses._fields), device=world.device, dtype=torch.float32)
     mine = starts[world.rank :: world.size]
     for i in range(0, len(mine), config.batch_size):
         tokens = torch.from_numpy(windows(corpus.val, mine[i : i + config.batch_size], config.seq_len))
         sums += objective(tokens.to(world.device)) * len(tokens)
     objective.train()
     means = (world.mean(sums) * world.size / len(starts)).tolist()
-    return {f"val_{name}": mean for name, mean in zip(PART, means, strict=True)}
+    return {f"val_{name}": mean for name, mean in zip(Losses._fields, means, strict=True)}
 
 
 def captured(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -450,21 +451,6 @@ def summarise(config, corpus: Corpus, world: World, model: nn.Module, log: list[
         "versions": {name: importlib.metadata.version(name) for name in ("vwn_ref", "torch", "numpy", "tokenizers")},
         "git": commit,
     }
-
-
-def git_commit() -> str | None:
-    """Commit that this file is tracked in, with "-dirty" where the tree has changes; None outside a repository."""
-    here = Path(__file__)
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(here.parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", here.name)  # installed into somebody else's repository: not ours
-        return git("describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 # ------------------------------------------------------------------------------------------------- kept runs
