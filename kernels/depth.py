@@ -1,9 +1,9 @@
 """`depth`: H′ˡ = Bᵀ Z + Âᵀ H′ˡ⁻¹, the sublayer's output written into the slots, beside what they carry on.
 
     q = RMSNorm(H′) (W_α | W_β) / τ    [n, n] and [n, m]    the last n columns of W_α; W_β
-    Â = S_α ∘ tanh(q_α) + A            [n, n]               Eq. (14); static GHC: Â = A
-    Bᵀ = S_βᵀ ∘ tanh(q_β) + B_ᵀ        [n, m]               Eq. (13); kept as Bᵀ, slots first, like the rest
-    out = Âᵀ H′ + Bᵀ Z                 [n, d_b]             Z: the m segments of z as rows
+    Â = S_α ∘ tanh(q_α) + A            [n, n]               the last n columns of Eq. (14), and of S_α and A
+    ℬᵀ = S_βᵀ ∘ tanh(q_β) + Bᵀ         [n, m]               Eq. (13), transposed: slots first, like the rest
+    out = Âᵀ H′ + ℬᵀ Z                 [n, d_b]             Z: the m segments of z as rows; static GHC: ℬ = B, Â of A
 
 Reads n rows of H′ and m of z a token, writes n. The coefficients are computed from H′ here; neither they nor Âᵀ H′ are
 ever stored. Two passes along d_b, as in `width`; one in few.py. W_α and W_β come as V, see projections.py.

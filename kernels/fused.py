@@ -118,7 +118,8 @@ def _depth_gradients(H, z, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, eps, g,
 
 
 def _of_depth(launch: Launch, H, g_H, g_z, E, sums, parameters, link: Link):
-    """All gradients of a depth, and e, where it goes to the width before it, which has those of W and gain then."""
+    """All gradients of a depth, and e. Where e goes on to the width before it, that one computes the gradients of W and
+    gain, for both, and they are None here."""
     A, B, W_alpha, W_beta, S_alpha, S_beta, gain = parameters
     g_A, g_B, g_S_alpha, g_S_beta = launch.gradients(sums, A, B, S_alpha, S_beta)
     if link.hands_on:

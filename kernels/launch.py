@@ -400,9 +400,9 @@ class Launch:
         return torch.zeros(shape, dtype=torch.float32, device=self.device)
 
     def partial(self, name: str, columns: int) -> Tensor:
-        """Room for the sums of each program of that kernel, or of each place for a token in it: [P, 2, n, columns].
-        Those of many.py, and with more than 16 slots the others that have a depth in them, add to it, so it is zeros;
-        and behind the latter's lies their room for Â, see `vwn_ref.kernels.depth`."""
+        """Room for the sums that each program of that kernel leaves (of many.py: for each token of its tile),
+        [P, 2, n, columns]. It is zeros for kernels that add to it: those of many.py, and with more than 16 slots the
+        walks that have a depth in them. These keep their sums of Â behind it, see `vwn_ref.kernels.depth`."""
         size = own = 2 * self.n * columns
         chosen = self.sizes(name)
         if "BT" in chosen and columns > self.m:

@@ -45,7 +45,8 @@ def nothing(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) ->
 
 
 def zeros_for_none(gradients: list[Tensor | None], like: tuple) -> list[Tensor | None]:
-    """For those that are missing; an only one stays None: nothing but e flows back into the width whose x it is of."""
+    """Zeros for gradients that are missing. A single one may stay None: it is that of a width's x, which nothing read,
+    and then only e flows back into that width."""
     if len(gradients) == 1:
         return gradients
     return [torch.zeros(**of) if g is None else g for g, of in zip(gradients, like, strict=True)]

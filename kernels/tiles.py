@@ -51,7 +51,8 @@ def in_parts(x):
     return upper.to(tl.bfloat16), (x - upper).to(tl.bfloat16)
 
 
-# Two each, since with a global constant the key of what Triton keeps compiled depends on what it compiled before
+# Two versions of each, not one that asks a global constant: with such a constant the key under which Triton keeps a
+# compiled kernel depends on what the process compiled before it, and other processes compile it again
 if type(tanh).__name__ == "InterpretedFunction":
 
     @triton.jit

@@ -1,7 +1,7 @@
 """`width`: x = Åᵀ H′, the rows that the sublayer reads, and on request the RMSNorm that the sublayer begins with.
 
     q = RMSNorm(H′) W_α / τ        [n, m]     the first m columns of W_α
-    Å = S_α ∘ tanh(q) + A          [n, m]     Eq. (14); static GHC: Å = A
+    Å = S_α ∘ tanh(q) + A          [n, m]     the first m columns of Eq. (14), and of S_α and A; static GHC: of A
     x = Åᵀ H′                      [m, d_b]   the m rows side by side: D
     y = x / rms(x) ∘ γ             [m, d_b]   where a norm follows
 

@@ -69,6 +69,14 @@ def test_ngram_hash_spreads():
     assert counts.max() <= 10
 
 
+@pytest.mark.parametrize(
+    "order, buckets, match", [(0, 5, "order = 0"), (4, 5, "order = 4: must be ≤ 3"), (2, 0, "buckets")]
+)
+def test_ngram_hash_refuses(order, buckets, match):
+    with pytest.raises(ValueError, match=match):
+        ngram_buckets(torch.zeros(1, 4, dtype=torch.long), order, buckets)
+
+
 @pytest.mark.parametrize("length", [0, 1, 2, 5])
 def test_ngrams_on_short_sequences(length):
     embedding = OverWidthEmbedding(9, 8, 2, 3, ngram_buckets=17)

@@ -125,12 +125,15 @@ class Residual(nn.Module):
     """The plain residual connection H + T(H), with GHC's interface: one slot, D wide."""
 
     def width(self, H: Float[Tensor, "*b 1 D"]) -> tuple[Float[Tensor, "*b D"], tuple[Tensor, ...]]:
+        """H [..., 1, D] -> what the sublayer reads [..., D], and the state that `depth` needs."""
         return H.squeeze(-2), (H,)
 
     def depth(self, z: Float[Tensor, "*b D"], state: tuple[Tensor, ...]) -> Float[Tensor, "*b 1 D"]:
+        """The sublayer's output z [..., D] and `width`'s state -> the next H [..., 1, D]."""
         return state[0] + z.unsqueeze(-2)
 
     def forward(self, H: Float[Tensor, "*b 1 D"], layer) -> Float[Tensor, "*b 1 D"]:
+        """H + T(H), around the sublayer `layer`, [..., D] -> [..., D]."""
         x, state = self.width(H)
         return self.depth(layer(x), state)
 

@@ -73,6 +73,7 @@ def add(*parts: Flops) -> Flops:
 
 def ghc_flops(dim: int, m: int, n: int, *, dynamic: bool = True) -> dict[str, Flops]:
     """§3.5 for one token and one GHC, forward: "norm", "coefficients", "width", "depth". A static one has no first two.
+    Raises ValueError for bad widths.
 
     >>> {part: f.total // 1000 for part, f in ghc_flops(1000, 2, 3).items()}      # in units of D
     {'norm': 6, 'coefficients': 21, 'width': 15, 'depth': 6}
@@ -88,7 +89,10 @@ def ghc_flops(dim: int, m: int, n: int, *, dynamic: bool = True) -> dict[str, Fl
 
 
 def ghc_parameters(dim: int, m: int, n: int, *, dynamic: bool = True) -> dict[str, int]:
-    """Parameters of one GHC: "static" A and B; "dynamic" W_α, W_β, S_α, S_β and the norm's gain."""
+    """Parameters of one GHC: "static" A and B; "dynamic" W_α, W_β, S_α, S_β and the norm's gain.
+
+    Raises ValueError for bad widths.
+    """
     check_widths(dim, m, n)
     static, slot_width = n * (2 * m + n), dim // m
     return {"static": static, "dynamic": static + slot_width * (2 * m + n + 1) if dynamic else 0}
@@ -99,6 +103,7 @@ def activation_bytes(dim: int, m: int, n: int, *, eta: int | float | Fraction | 
 
     eta None: before recomputation, 2 · 2 · (r+1)D. Otherwise the share η of width-connection inputs that are kept,
     the rest being recomputed: 4ηrD. The plain layer has `PLAIN_ACTIVATION_BYTES` · D.
+    Raises ValueError for bad widths, or η outside 0 … 1.
 
     >>> activation_bytes(1000, 2, 3) / 1000, activation_bytes(1000, 2, 3, eta=Fraction(1, 2)) / 1000
     (Fraction(10, 1), Fraction(3, 1))
@@ -136,6 +141,7 @@ def kernel_traffic(dim: int, m: int, n: int, *, fusion: str = "step") -> dict[st
             never stored: 2m + 2n, so 2(r+1)D.
 
     The coefficients themselves (at most n(2m+n) a token) and the weights are left out; backward moves about 3(r+1)D.
+    Raises ValueError for bad widths or an unknown `fusion`.
     """
     check_widths(dim, m, n)
     check_choice("fusion", fusion, FUSIONS)
@@ -156,6 +162,7 @@ def model_flops(cfg: VWNConfig, seq_len: int) -> dict[str, Flops]:
 
     Attention is counted over all `seq_len` keys, as usual, though causality uses half. A MoE token meets its top_k
     experts and the router. "mtp" is the whole head with its own pass through the unembedding.
+    Raises ValueError for seq_len < 1.
     """
     check_int("seq_len", seq_len)
     backbone = _stack_flops(cfg, cfg.n_layers, seq_len)

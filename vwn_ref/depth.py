@@ -97,7 +97,10 @@ def carry(As: Matrices, l: int, s: int) -> Float[Tensor, "*b n n"]:  # noqa: E74
 
 
 def state_map(As: Matrices, Bs: Matrices, l: int, s: int) -> Float[Tensor, "*b n k"]:  # noqa: E741
-    """What H′ˡ holds of layer s ≤ l: H′ˡ = … + map · Zˢ. For s = 0, of H′⁰."""
+    """What H′ˡ holds of layer s ≤ l: H′ˡ = … + map · Zˢ. For s = 0, of H′⁰.
+
+    Raises ValueError unless 0 ≤ s ≤ l ≤ L.
+    """
     kept = carry(As, l, s)
     return kept @ Bs[s - 1].mT if s else kept
 
@@ -112,7 +115,10 @@ def depth_map(As: Matrices, Bs: Matrices, l: int, s: int) -> Float[Tensor, "*b m
 
 
 def unrolled_state(recording: Recording, l: int) -> Float[Tensor, "*b n d"]:  # noqa: E741
-    """H′ˡ as the sum of Eq. (17), from the matrices and sublayer outputs alone, no state but H′⁰."""
+    """H′ˡ as the sum of Eq. (17), from the matrices and sublayer outputs alone, no state but H′⁰.
+
+    Raises ValueError unless 0 ≤ l ≤ L.
+    """
     As, Bs = recording.A, recording.B
     _check_layers(As, l, 0, least=0)
     H = carry(As, l, 0) @ recording.H[0]
@@ -223,7 +229,10 @@ def residual_window() -> tuple[Tensor, Tensor]:
 
 
 def dense_window(n_layers: int) -> tuple[Tensor, Tensor]:
-    """Window of all layers, (A, B) at m = 1, n = L + 1: nothing is dropped in L layers, and each reads the sum."""
+    """Window of all layers, (A, B) at m = 1, n = L + 1: nothing is dropped in L layers, and each reads the sum.
+
+    Raises ValueError for n_layers < 1.
+    """
     check_int("n_layers", n_layers)
     return hard_window(1, n_layers + 1, read=torch.ones(n_layers + 1, 1))
 

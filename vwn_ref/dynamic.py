@@ -32,7 +32,7 @@ def dynamic_matrices(
     gain: Float[Tensor, " d"],
     eps: float,
 ) -> tuple[Float[Tensor, "*b n k"], Float[Tensor, "*b m n"]]:
-    """𝒜(H′) and ℬ(H′), one pair of matrices a token."""
+    """𝒜(H′) [..., n, m+n] and ℬ(H′) [..., m, n], one pair of matrices a token."""
     tau = math.sqrt(H.shape[-1])
     H_bar = F.rms_norm(H, gain.shape, gain, eps)  # Eq. (12): each slot on its own, one gain for all
     B = S_beta * torch.tanh(H_bar @ W_beta / tau).mT + B  # Eq. (13)
@@ -44,7 +44,7 @@ def dynamic_width(
     H: Float[Tensor, "*b n d"], A: Tensor, B: Tensor, W_alpha: Tensor, W_beta: Tensor, S_alpha: Tensor,
     S_beta: Tensor, gain: Tensor, eps: float,
 ) -> tuple[Tensor, State]:  # fmt: skip
-    """The width connection of `vwn_ref.ghc.width` with the matrices of Eqs. (13) and (14)."""
+    """`vwn_ref.ghc.width` with the matrices of Eqs. (13) and (14): x [..., D], and the state."""
     return width(H, *dynamic_matrices(H, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, eps))
 
 
@@ -53,7 +53,7 @@ class DynamicGHC(GHC):
 
     W_α = W_β = 0 at first, so that it starts as the static GHC. Weight decay on W and S, none on A and B.
 
-    Args: as `GHC`; eps: ε of the RMSNorm.
+    Args: as `GHC`; eps: ε of the RMSNorm. Raises as `GHC`.
 
     >>> ghc = DynamicGHC(dim=8, m=2, n=3)
     >>> A, B = ghc.matrices(torch.randn(5, 3, 4))

@@ -37,7 +37,12 @@ def ngram_buckets(tokens: Int[Tensor, "*b t"], order: int, buckets: int) -> Int[
 
     A position with fewer tokens before it is hashed with "no token" in their place, so the same text gives the
     same buckets only where as much of it is visible. Collisions share a row, as in any hashed table.
+    Raises ValueError unless 1 ≤ order ≤ 3 and buckets ≥ 1.
     """
+    check_int("order", order)
+    check_int("buckets", buckets)
+    if order > len(HASH_MULTIPLIERS):
+        raise ValueError(f"order = {order}: must be ≤ {len(HASH_MULTIPLIERS)}, each token has a multiplier of its own")
     mixed = torch.zeros_like(tokens, dtype=torch.int64)
     for back in range(order):
         # id + 1, with 0 for "no token" before the start; int64 products wrap around, which a hash may

@@ -32,7 +32,10 @@ from vwn_ref.ghc import GHC
 
 
 def with_matrices(dim: int, A: Float[Tensor, "n k"], B: Float[Tensor, "m n"], *, kernels: str = "auto") -> GHC:
-    """A static GHC with these matrices (copied, in their dtype); m and n are read off B [m, n]."""
+    """A static GHC with these matrices (copied, in A's dtype); m and n are read off B [m, n].
+
+    Raises ValueError where A is not [n, m+n], m does not divide dim, or n < m.
+    """
     m, n = B.shape
     if A.shape != (n, m + n):
         raise ValueError(f"A has shape {tuple(A.shape)}: must be [n, m+n] = {(n, m + n)} for B {tuple(B.shape)}")
@@ -86,6 +89,7 @@ def load_hyper_connections(weights: dict[str, Tensor], *, kernels: str = "auto")
     Its paper has a LayerNorm in this place, which no gain turns into an RMSNorm: they agree on slots of mean 0 only.
     Neither the package nor the paper divides by τ, so the same W there is √D times as strong. Streams lie side by side
     in the batch there, (b s) … d, and in an axis of their own here, b … s d. With tanh = False it is no GHC.
+    Raises ValueError for weights of another shape (more input views, fractions), KeyError for missing ones.
     """
     n, dim = weights["static_alpha"].shape[0], weights["norm.gamma"].shape[0]
     if weights["static_alpha"].shape[1] != 1 + n:
@@ -146,6 +150,7 @@ def altup(
         Å = e_j,   Â[k, i] = P[i, k] − g_i P[j, k],   B[0, i] = g_i.
 
     residual: T(x) = x + F(x), and it is F that the GHC is put around. Its x_j goes into Â as well: Â[j, i] += g_i.
+    Raises ValueError unless 0 ≤ active < K.
     """
     K = len(g)
     if not 0 <= active < K:
@@ -170,7 +175,7 @@ def dense(dim: int, weights: list[Tensor], *, kernels: str = "auto") -> list[GHC
 
     Slot s is X_s for good: Â = I, layer l writes slot l, B = e_l, and reads by Å = (weights[l−1], 0 …). H′⁰ must hold
     the embedding in slot 0 and zeros elsewhere: `first_slot`. n grows with the depth, which is why VWN's does not: see
-    `vwn_ref.depth.hard_window` for what n slots can hold.
+    `vwn_ref.depth.hard_window` for what n slots can hold. Raises ValueError where weights[l−1] does not have l numbers.
     """
     n = len(weights) + 1
     ghcs = []

@@ -101,6 +101,8 @@ class GHC(nn.Module):
     The sublayer brings its own norm, lambda x: attention(norm(x)), and does not add its input: Â carries, where a plain
     Transformer has its residual. One with more arguments or more outputs goes between `width` and `depth`.
 
+    Raises ValueError unless m divides dim and n ≥ m, or for an unknown `kernels`.
+
     >>> ghc = GHC(dim=8, m=2, n=3)
     >>> x, state = ghc.width(torch.zeros(5, 7, 3, 4))      # H [..., n, d_b]
     >>> x.shape                                            # [..., D]

@@ -81,7 +81,10 @@ class VWNTransformer(nn.Module):
             yield H
 
     def forward(self, tokens: Int[Tensor, "b t"]) -> Float[Tensor, "b t v"]:
-        """Tokens [b, t] -> logits [b, t, vocab_size]; position i predicts token i+1."""
+        """Tokens [b, t] -> logits [b, t, vocab_size]; position i predicts token i+1.
+
+        Raises ValueError unless tokens are [b, t] with t ≤ max_seq_len; see also `OverWidthEmbedding`.
+        """
         h = through(self._embedded(tokens), self.connections, self.sublayers, self.reduce)
         return self.unembedding(self.norm(h))
 

@@ -49,7 +49,7 @@ def triton_kernels() -> ModuleType | None:
     return fused
 
 
-def select(kernels: str):
+def select(kernels: str) -> SimpleNamespace:
     """The operations that `kernels` names: "reference", "cpu", "triton", or "auto" for the fastest here.
 
     Raises ValueError for another name, and for "triton" where Triton 3.5 or newer is not installed.

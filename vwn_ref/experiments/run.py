@@ -26,8 +26,9 @@ from vwn_ref.experiments.storage import json_digest, write_text
 # Fields that do not change what is computed, though some may change its last digits; `fixed_fields` has an exception.
 MAY_CHANGE = {"out", "resume", "progress", "device", "compile", "threads", "micro_batch"}
 MAY_CHANGE |= {"checkpoint_interval", "data.cache_dir"}
-# Fields that came later, or later to what is fixed, with what every run did before: at these values they are left out,
-# so that an older run is still a run of the same config, and its checkpoint's.
+# Fields that older runs do not have in their config (or did not have among the fixed ones), with the values that stand
+# for what those runs did. A field with that value is left out of a comparison, so that an older run still counts as one
+# of the same config, and goes on from its checkpoint.
 CAME_LATER = {"decay_static": False, "micro_batch": None}
 
 
