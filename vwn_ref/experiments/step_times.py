@@ -35,7 +35,7 @@ from vwn_ref.experiments.checkpoint import CheckpointError
 from vwn_ref.experiments.console import told
 from vwn_ref.experiments.data import Corpus, load_corpus
 from vwn_ref.experiments.finished import KeptRun, is_number
-from vwn_ref.experiments.provenance import git_commit
+from vwn_ref.experiments.provenance import git_commit, processor
 from vwn_ref.experiments.run import read_json
 from vwn_ref.experiments.storage import json_digest, write_text
 from vwn_ref.experiments.sweep import read_sweep

@@ -26,7 +26,6 @@ from pathlib import Path
 
 import torch
 import tyro
-from jaxtyping import Float
 from torch import Tensor
 
 from vwn_ref.depth import (
@@ -53,8 +52,8 @@ FILE = "windows.json"
 FRACTIONS = (0.1, 0.5)
 
 
-def mean(table: Float[Tensor, L * rest], over: int) -> list:
-    """Mean over the last `over` dimensions, as nested lists."""
+def mean(table: Tensor, over: int) -> list:
+    """Mean over the last `over` of its dimensions, as nested lists."""
     return table.double().flatten(-over).mean(-1).tolist()
 
 
