@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from vwn_ref.kernels.traffic import kernel_bytes, minimal_bytes
+
 FOLDER = Path(__file__).resolve().parents[1] / "figures" / "data" / "gpu"
 BEGIN, END = (f"<!-- gpu: {x} -->" for x in ("begin, written by vwn_ref.kernels.report", "end"))
 TUNED = tuple(f"<!-- tuned: {x} -->" for x in ("begin, written by vwn_ref.kernels.report", "end"))
@@ -286,8 +288,7 @@ class Limit(NamedTuple):
 def limit(compiled: list[dict], op: str, direction: str, m: int, n: int, D: int) -> Limit | None:
     """From the rows of `vwn_ref.kernels.aot`, bfloat16 on sm_90; None where one is missing. Backward with
     `weights_kernel`, in the form in which a step's launches it."""
-    from vwn_ref.kernels.bench import kernel_bytes, minimal_bytes
-    from vwn_ref.kernels.launch import whole_rows
+    from vwn_ref.kernels.launch import whole_rows  # which needs Triton
 
     wanted = {"m": m, "n": n, "D": D, "dtype": "bf16", "target": "sm_90", "dynamic": True, "norm": True}
     names = [op if direction == "forward" else f"{op}_backward"]

@@ -12,20 +12,17 @@ import torch
 
 from vwn_ref.experiments import downstream as module
 from vwn_ref.experiments.checkpoint import load, save
+from vwn_ref.experiments.code_text import Bracket, Name, Stream, encode_text, read_code
 from vwn_ref.experiments.data import DataConfig, load_tokenizer, train_tokenizer
 from vwn_ref.experiments.downstream import (
-    Bracket,
     DownstreamArguments,
-    Name,
     Part,
     Settings,
-    Stream,
     Text,
     brackets,
     closer_tokens,
     copying,
     draw_copies,
-    encode_text,
     estimate,
     evaluate,
     execute,
@@ -35,7 +32,6 @@ from vwn_ref.experiments.downstream import (
     keep,
     load_text,
     package_files,
-    read_code,
     score,
     sort_names,
     table,

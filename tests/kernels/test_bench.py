@@ -1,4 +1,4 @@
-"""The benchmark: its byte model by hand, and that it goes through everything without inventing a number."""
+"""The benchmark: the byte model by hand, and that it goes through everything without inventing a number."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from vwn_ref import VWNConfig, VWNTransformer
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from vwn_ref.kernels import bench, launch
+from vwn_ref.kernels import bench, launch, traffic
 
 D = 1024
 
@@ -36,14 +36,14 @@ D = 1024
     ],
 )
 def test_minimal_bytes_by_hand(op, direction, m, n, rows):
-    assert bench.minimal_bytes(op, direction, m, n, D // m, 7, 2) == rows * (D // m) * 2 * 7
+    assert traffic.minimal_bytes(op, direction, m, n, D // m, 7, 2) == rows * (D // m) * 2 * 7
 
 
 def test_quartiles_by_hand():
     assert bench.quartiles([30.0, 10.0, 20.0]) == {"median_us": 20.0, "q1_us": 10.0, "q3_us": 30.0, "repeats": 3}
 
 
-@pytest.mark.parametrize("op", bench.OPS)
+@pytest.mark.parametrize("op", traffic.OPS)
 def test_minimal_bytes_are_those_of_the_tensors(op):
     """Forward what goes in and comes out; backward the same inputs, gradients in and gradients out."""
     t = bench.Task("fused", op, 2, 4, 16, 5)
@@ -52,11 +52,11 @@ def test_minimal_bytes_are_those_of_the_tensors(op):
     stored = [y for y in outputs if y.stride(-1)]  # a link has no numbers
     states = sum(x.nbytes for x in inputs[:fresh])
     shape = (op, 2, 4, 8, 5, 4)
-    assert bench.minimal_bytes(*shape[:1], "forward", *shape[1:]) == states + sum(y.nbytes for y in stored)
+    assert traffic.minimal_bytes(*shape[:1], "forward", *shape[1:]) == states + sum(y.nbytes for y in stored)
     back = [torch.ones_like(y) for y in outputs]
     gradients = torch.autograd.grad(outputs, inputs, back)  # every input is used, or this raises
     moved = states + sum(t.nbytes for t in (*stored, *gradients[:fresh]))
-    assert bench.minimal_bytes(*shape[:1], "backward", *shape[1:]) == moved
+    assert traffic.minimal_bytes(*shape[:1], "backward", *shape[1:]) == moved
 
 
 @pytest.mark.parametrize(
@@ -72,13 +72,13 @@ def test_minimal_bytes_are_those_of_the_tensors(op):
     ids=str,
 )
 def test_bytes_of_our_backward_kernels_by_hand(op, way, rows, coefficients):
-    found = bench.kernel_bytes(op, "backward", 2, 3, 512, 1, 2, **way)
+    found = traffic.kernel_bytes(op, "backward", 2, 3, 512, 1, 2, **way)
     assert found == rows * 512 * 2 + 2 * coefficients * 4  # bytes; e is written and read
 
 
 @pytest.mark.parametrize("op, rows", [("width", 3 + 2), ("depth", 2 * 3 + 2), ("last", (2 * 3 + 2) + 2 * 3)])
 def test_bytes_of_our_forward_kernels_by_hand(op, rows):
-    assert bench.kernel_bytes(op, "forward", 2, 3, 512, 1, 2) == rows * 512 * 2
+    assert traffic.kernel_bytes(op, "forward", 2, 3, 512, 1, 2) == rows * 512 * 2
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_the_bytes_of_the_kernels_that_run(monkeypatch, m, n, dtype, way):
     monkeypatch.setattr(launch, "INTERPRETED", False)  # where a step's backward is always one kernel
     task = bench.Task("fused", "step", m, n, 1024, 7)
     found = bench._model(task, "backward", SimpleNamespace(dtype=dtype))
-    assert found["kernel_bytes"] == bench.kernel_bytes("step", "backward", m, n, 1024 // m, 7, 2, **way)
+    assert found["kernel_bytes"] == traffic.kernel_bytes("step", "backward", m, n, 1024 // m, 7, 2, **way)
 
 
 def test_the_plain_model_leaves_room():
@@ -186,7 +186,7 @@ def test_a_dry_run_goes_through_all_and_measures_nothing(tmp_path):
             assert all(row[key] is None for key in MEASURED & set(row)), row
             assert row.get("repeats", 0) == 0
     ops = {(r["implementation"], r["op"], r["direction"]) for r in files["ops.json"]["rows"]}
-    assert ops == {(t.implementation, t.op, x) for t in bench.tasks(True) for x in bench.DIRECTIONS}
+    assert ops == {(t.implementation, t.op, x) for t in bench.tasks(True) for x in traffic.DIRECTIONS}
     assert [r["way"] for r in files["steps.json"]["rows"]] == ["plain", "fused", "compiled"]
     # a graph for attention and one for the FFN, also where there are two blocks
     assert [(r["layers"], r["graphs"]) for r in files["steps.json"]["rows"]] == [(2, 2), (1, 2), (2, 2)]

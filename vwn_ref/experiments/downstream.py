@@ -26,9 +26,8 @@ identifiers  Names in code (no keywords; match, case, type and _ count as names)
              `gain_same_name`: nats of a name where it is new in the window minus where it is not, over the names that
              have both, each weighted by its repetitions. That still compares places early in a window with later ones.
 
-Code is what `tokenize` calls operators and names in a document that Python can parse: brackets and names in strings
-(f-strings whole, on every version) and comments are neither asked for nor count as seen. A document that is not Python
-takes part in the first two tasks only.
+Which tokens are brackets and names, `vwn_ref.experiments.code_text` says. A document that is not Python takes part in
+the first two tasks only.
 Standard errors take the windows for independent (for gain_same_name: the names), not the tokens in them; they tell of
 other windows of this text, not of other texts. Every choice is the same for all models of one seq_len and tokenizer, so
 that models can be paired.
@@ -43,19 +42,14 @@ more: the paper's smallest activates 0.4 billion parameters, those of study A ha
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import importlib.metadata
-import io
 import itertools
 import json
-import keyword
 import math
 import statistics
 import sys
 import time
-import tokenize
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +66,7 @@ from vwn_ref.backbone import at_least_float32
 from vwn_ref.config import check_int
 from vwn_ref.experiments import finished
 from vwn_ref.experiments.checkpoint import CheckpointError
+from vwn_ref.experiments.code_text import CLOSERS, Name, Stream, encode_text
 from vwn_ref.experiments.compare import paired
 from vwn_ref.experiments.console import note, told
 from vwn_ref.experiments.data import END, DataConfig, decode, find_files, is_text, kind, n_bytes, read_documents
@@ -86,8 +81,6 @@ FORMAT = 1  # raised when the code below makes other numbers from the same model
 PACKAGE = "pytest"
 BATCH_TOKENS = 4096  # at once through a model: what its logits take is bounded
 SHORTEST = 8  # tokens in a window; in fewer there is nothing to copy
-BRACKETS = {")": "(", "]": "[", "}": "{"}
-CLOSERS = "".join(BRACKETS)
 DISTANCES = {"1-4": (1, 4), "5-16": (5, 16), "17-64": (17, 64), "65-": (65, math.inf)}
 
 # What --table shows: task -> measure -> what it is.
@@ -183,107 +176,6 @@ def trained_on(data: DataConfig, files: Sequence[Path]) -> list[Path] | None:
     digests = {file_digest(path) for path in corpus if path.stat().st_size in sizes}
     both = [path for path in files if path.stat().st_size and file_digest(path) in digests]
     return None if not both and any(kind(path) != "text" for path in corpus) else both
-
-
-class Code(NamedTuple):
-    """Places in a document, by character."""
-
-    brackets: list[tuple[int, int]]  # opening, closing
-    names: list[tuple[int, int]]  # start, end
-
-
-# From Python 3.12 on an f-string is several tokens: here it is one string, as before.
-STRING_STARTS = {getattr(tokenize, name) for name in ("FSTRING_START", "TSTRING_START") if hasattr(tokenize, name)}
-STRING_ENDS = {getattr(tokenize, name) for name in ("FSTRING_END", "TSTRING_END") if hasattr(tokenize, name)}
-
-
-def read_code(text: str) -> Code | None:
-    """Brackets that belong together, in the order of the closing ones, and names of Python code; None if it is not."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd escapes in strings
-            ast.parse(text)  # `tokenize` takes much that is prose
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
-    begins = [0]  # of lines, as `tokenize` sees them
-    for line in io.StringIO(text):
-        begins.append(begins[-1] + len(line))
-    code, opened, in_string = Code([], []), [], 0
-    try:
-        for token in tokenize.generate_tokens(io.StringIO(text).readline):
-            at = begins[token.start[0] - 1] + token.start[1]
-            in_string += (token.type in STRING_STARTS) - (token.type in STRING_ENDS)
-            if in_string or token.type not in (tokenize.OP, tokenize.NAME):
-                continue
-            if not text.startswith(token.string, at):  # lines were cut elsewhere
-                return None
-            if token.type == tokenize.NAME:
-                if not keyword.iskeyword(token.string):
-                    code.names.append((at, at + len(token.string)))
-            elif token.string in BRACKETS.values():
-                opened.append(at)
-            elif token.string in BRACKETS:
-                code.brackets.append((opened.pop(), at))
-    except (tokenize.TokenError, SyntaxError, IndexError):
-        return None
-    return code
-
-
-class Bracket(NamedTuple):
-    """A token that begins with a closing bracket, and the token that has the opening one, by index in the stream."""
-
-    opening: int
-    closing: int
-    kind: int  # index in CLOSERS
-
-
-class Name(NamedTuple):
-    """A name in code: its first and its last token, by index in the stream."""
-
-    text: str
-    first: int
-    last: int
-    alone: bool  # these tokens hold nothing but the name, and spaces before it
-
-
-@dataclass(frozen=True)
-class Stream:
-    """A text in tokens: `end`, document, `end`, document, …, `end`; and what there is to ask about it."""
-
-    tokens: Int[np.ndarray, " n"]
-    brackets: list[Bracket]
-    names: list[Name]
-    documents: int
-    python: int
-    """Documents that are Python."""
-
-
-def encode_text(tokenizer: Tokenizer, documents: Sequence[str]) -> Stream:
-    """Tokens of the documents, with brackets and names."""
-    end = tokenizer.token_to_id(END)
-    ids, brackets, names, python = [end], [], [], 0
-    for text in documents:
-        base, encoding = len(ids), tokenizer.encode(text, add_special_tokens=False)
-        ids += [*encoding.ids, end]
-        code = read_code(text)
-        if code is None:
-            continue
-        python += 1
-        starts, ends = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
-
-        def holding(start: int, stop: int, starts=starts, ends=ends) -> tuple[int, int]:  # [start, stop) in characters
-            return int(np.searchsorted(ends, start, "right")), int(np.searchsorted(starts, stop, "left")) - 1
-
-        for opening, closing in code.brackets:
-            token = holding(closing, closing + 1)[0]
-            if not text[starts[token] : closing].strip(" "):
-                opened = holding(opening, opening + 1)[0]
-                brackets.append(Bracket(base + opened, base + token, CLOSERS.index(text[closing])))
-        for start, stop in code.names:
-            first, last = holding(start, stop)
-            alone = not text[starts[first] : start].strip(" ") and int(ends[last]) == stop
-            names.append(Name(text[start:stop], base + first, base + last, alone))
-    return Stream(np.array(ids, dtype=np.int64), brackets, names, len(documents), python)
 
 
 # ------------------------------------------------------------------------------------------------ statistics
