@@ -2,8 +2,9 @@
 
 One shared object per shape (m, n, d_b, scalar type) is kept in a cache directory of the user's: `$VWN_REF_CACHE`, or
 `vwn_ref` in `$XDG_CACHE_HOME` or `~/.cache`. It is made readable by its owner alone, since what lies in it is loaded as
-code. The name of an object is a hash of everything it was made from: source, flags, compiler version, processor. It is
-compiled under a temporary name and then renamed, so that processes compiling the same shape at once do no harm.
+code. The name of an object is a hash of everything it was made from (source, flags, compiler version, processor), and
+one of its content, which is compared before it is loaded, since a damaged object can end the process. It is compiled
+under a temporary name and then renamed, so that processes compiling the same shape at once do no harm.
 
 `$CXX` names the compiler; otherwise the first of c++, g++ and clang++ that is found.
 """
@@ -53,11 +54,20 @@ class Unavailable(Exception):
     """No shared object: the message says why."""
 
 
+def words(variable: str) -> list[str]:
+    """An environment variable, cut as a shell would. Raises Unavailable where it cannot be."""
+    text = os.environ.get(variable, "")
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise Unavailable(f"{variable} = {text!r}: must be words, quoted as for a shell: {error}") from error
+
+
 @functools.cache
 def find_compiler() -> tuple[str, ...] | None:
-    """The compiler's command, `$CXX` (which may carry flags) or the first one on PATH; None where there is none."""
-    for name in (os.environ.get("CXX", ""), "c++", "g++", "clang++"):
-        command = shlex.split(name)
+    """The compiler's command, `$CXX` (which may carry flags) or the first one on PATH; None where there is none.
+    Raises Unavailable for a `$CXX` that is no command line."""
+    for command in (words("CXX"), ["c++"], ["g++"], ["clang++"]):
         if command and shutil.which(command[0]):
             return tuple(command)
     return None
@@ -111,21 +121,29 @@ def _compile(m: int, n: int, d: int, scalar: str) -> Path:
     if compiler is None:
         raise Unavailable("no C++ compiler: set CXX, or put c++, g++ or clang++ on the PATH")
     defines = [f"-DGHC_M={m}", f"-DGHC_N={n}", f"-DGHC_D={d}", f"-DGHC_SCALAR={scalar}"]
-    extra = shlex.split(os.environ.get("VWN_REF_CXXFLAGS", ""))
+    extra = words("VWN_REF_CXXFLAGS")
     native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
     arguments = [*FLAGS, native, *extra, *defines]
     parts = (SOURCE.read_text(), *arguments, *compiler, _compiler_version(compiler), _machine())
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
-    target = cache_dir() / f"ghc_{m}_{n}_{d}_{scalar}_{digest}.so"
-    if not target.exists():
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".building_", suffix=".so")
-        os.close(handle)
-        try:
-            _run([*compiler, *arguments, str(SOURCE), "-o", temporary])
-            os.replace(temporary, target)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+    folder, name = cache_dir(), f"ghc_{m}_{n}_{d}_{scalar}_{digest}"
+    for kept in folder.glob(f"{name}_*.so"):
+        if kept.stem == f"{name}_{_content_digest(kept)}":
+            return kept
+        kept.unlink(missing_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".building_", suffix=".so")
+    os.close(handle)
+    try:
+        _run([*compiler, *arguments, str(SOURCE), "-o", temporary])
+        target = folder / f"{name}_{_content_digest(Path(temporary))}.so"
+        os.replace(temporary, target)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
     return target
+
+
+def _content_digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:24]
 
 
 def _open(path: Path) -> ctypes.CDLL:
@@ -144,7 +162,7 @@ def _build(m: int, n: int, d: int, dtype: torch.dtype) -> ctypes.CDLL:
     path = _compile(m, n, d, SCALARS[dtype])
     try:
         return _open(path)
-    except Unavailable:  # a damaged file: once more from the source
+    except Unavailable:  # made with libraries that are no longer there, perhaps: once more from the source
         path.unlink(missing_ok=True)
         return _open(_compile(m, n, d, SCALARS[dtype]))
 

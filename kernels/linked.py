@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from vwn_ref.kernels.operation import Operation, reference_gradients, tracing
+from vwn_ref.kernels.operation import Operation, differentiated_again, reference_gradients, tracing
 
 
 class Link(NamedTuple):
@@ -89,7 +89,7 @@ class LinkedOperation:
                     return (None,) * (3 + kept + len(rest()))
                 of_outputs = zeros_for_none(of_outputs, ctx.like)
                 of_link = of_W_beta = None
-                if not torch.is_grad_enabled():
+                if not differentiated_again(of_outputs):
                     link = Link(ctx.hands_on, W_beta, None if e is None else e.contiguous())
                     found, of_link, of_W_beta = gradients(*saved, *ctx.numbers, *of_outputs, link=link)
                 elif of_outputs[0] is None:  # and no e: where a derivative is differentiated, none is handed on

@@ -26,7 +26,8 @@ class Operation:
         run_backward: (kept inputs, kept outputs, numbers, gradients of the outputs) -> gradients of the kept inputs;
             None for an input that is None.
         shapes: (inputs) -> shapes of the outputs. They have the dtype of the first input.
-        reference: (kept inputs, numbers) -> outputs, differentiable as often as wanted; used for second derivatives.
+        reference: (kept inputs, numbers) -> outputs, differentiable as often as wanted; used for second derivatives and
+            for gradients in batches.
         rest: (gradients of the outputs) -> gradients of the inputs that are not kept.
         device_types: as in `torch.library.custom_op`.
     """
@@ -44,7 +45,7 @@ class Operation:
         def gradients_of(ctx, gradients, run_backward):
             saved = ctx.saved_tensors
             tensors = saved[:kept]
-            if ctx.twice and torch.is_grad_enabled():  # create_graph=True
+            if ctx.twice and differentiated_again(gradients):
                 found = reference_gradients(lambda *t: reference(*t, *ctx.numbers), tensors, gradients)
             else:
                 found = run_backward(*saved, *ctx.numbers, *gradients)
@@ -113,19 +114,29 @@ class Operation:
         return (self.traced if tracing(arguments[0]) else self.eager)(*arguments)
 
 
+def differentiated_again(gradients: tuple) -> bool:
+    """Whether a backward pass with these gradients is for PyTorch alone: one that is differentiated itself
+    (create_graph=True), or many at once (is_grads_batched=True, the vectorised jacobian and hessian)."""
+    kinds = torch._C._functorch.is_legacy_batchedtensor, torch._C._functorch.is_functorch_wrapped_tensor
+    return torch.is_grad_enabled() or any(is_one(g) for g in gradients if g is not None for is_one in kinds)
+
+
 def reference_gradients(function: Callable, inputs: tuple, gradients: tuple) -> tuple:
     """Gradients by differentiating the reference, so that they can be differentiated again.
 
     With respect to views of the inputs: an input may depend on another one, or be the same tensor, and what flows from
     one to the other is not this operation's. In the widest of their dtypes, since the reference does not mix them.
     """
-    inputs = tuple(None if t is None else t.view_as(t) for t in inputs)
-    wide = functools.reduce(torch.promote_types, (t.dtype for t in inputs if t is not None))
-    outputs = function(*(None if t is None else t.to(wide) for t in inputs))
-    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
-    outputs = [y.to(g.dtype) for y, g in zip(outputs, gradients, strict=True)]
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        inputs = tuple(None if t is None else t.view_as(t) for t in inputs)
+        wide = functools.reduce(torch.promote_types, (t.dtype for t in inputs if t is not None))
+        outputs = function(*(None if t is None else t.to(wide) for t in inputs))
+        outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+        pairs = [(y.to(g.dtype), g) for y, g in zip(outputs, gradients, strict=True) if y.requires_grad]
     wanted = [t for t in inputs if t is not None and t.requires_grad]
-    found = iter(torch.autograd.grad(outputs, wanted, gradients, create_graph=True, materialize_grads=True))
+    outputs, gradients = zip(*pairs, strict=True)  # there are some, or nobody would ask
+    found = iter(torch.autograd.grad(outputs, wanted, gradients, create_graph=again, materialize_grads=True))
     return tuple(next(found) if t is not None and t.requires_grad else None for t in inputs)
 
 

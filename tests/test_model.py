@@ -177,16 +177,15 @@ def test_built_without_memory_and_then_filled():
     model, tokens = build(m=2, n=4, n_experts=2, ngram_buckets=7), torch.randint(0, 50, (2, 9))
     with torch.device("meta"):
         empty = VWNTransformer(model.cfg).double()
-        plain = VWNTransformer(VWNConfig(**SMALL, m=2, n=3))
-    assert plain.loss(tokens.to("meta")).total.is_meta  # without experts: which one computes depends on the values
+    assert empty.loss(tokens.to("meta")).total.is_meta
     empty = empty.to_empty(device="cpu")
     empty.load_state_dict(model.state_dict())
     assert torch.equal(empty(tokens), model(tokens))
 
 
-@pytest.mark.parametrize("kernels", ["reference", "auto"])
-def test_gradients_by_sample(kernels, no_shape_checks):
-    model = randomise(build(m=2, n=4, ngram_buckets=7, kernels=kernels))
+@pytest.mark.parametrize("kernels, n_experts", [("reference", 0), ("auto", 0), ("auto", 3)])
+def test_gradients_by_sample(kernels, n_experts, no_shape_checks):
+    model = randomise(build(m=2, n=4, ngram_buckets=7, kernels=kernels, n_experts=n_experts))
     tokens, weights = torch.randint(0, 50, (3, 9)), dict(model.named_parameters())
 
     def loss(weights, window):
@@ -196,9 +195,25 @@ def test_gradients_by_sample(kernels, no_shape_checks):
     found = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, tokens)
     for i, window in enumerate(tokens):
         model.zero_grad()
-        model.loss(window[None]).total.backward()
+        model.loss(window[None]).next.backward()
         for name, p in weights.items():
             torch.testing.assert_close(found[name][i], p.grad, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("n_experts", [0, 3])
+def test_exported_for_any_number_of_tokens(n_experts, no_shape_checks):
+    model = randomise(build(m=2, n=3, n_experts=n_experts)).eval()
+    sizes = {0: torch.export.Dim("b", min=1, max=64), 1: torch.export.Dim("t", min=2, max=32)}
+    exported = torch.export.export(model, (torch.randint(0, 50, (2, 7)),), dynamic_shapes=(sizes,)).module()
+    tokens = torch.randint(0, 50, (3, 9))
+    torch.testing.assert_close(exported(tokens), model(tokens))
+
+
+@pytest.mark.parametrize("bad", [-100, -1, 50])
+def test_every_token_counts_the_last_one_too(bad):
+    """-100 is what PyTorch's cross-entropy leaves out."""
+    with pytest.raises(IndexError, match=rf"tokens hold the id {bad}: must be in 0 … 49"):
+        build(m=2, n=3).loss(torch.tensor([[1, 2, bad]]))
 
 
 @pytest.mark.parametrize(

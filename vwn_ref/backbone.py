@@ -82,13 +82,15 @@ class MoE(nn.Module):
         scores = at_least_float32(self.router(flat))  # [tokens, E]; 16-bit scores would tie
         top, chosen = scores.topk(self.top_k, dim=-1)  # [tokens, k]
         weight = top.softmax(dim=-1).to(x.dtype)
-        hits = F.one_hot(chosen, self.n_experts).sum(dim=1).to(scores.dtype)  # [tokens, E], 0 or 1
-        share = hits.sum(dim=0) / max(chosen.numel(), 1)
-        P = scores.softmax(dim=-1).sum(dim=0) / max(len(flat), 1)
+        hits = torch.zeros_like(scores).scatter(1, chosen, 1.0)  # [tokens, E], 0 or 1
+        share = hits.sum(dim=0) / torch.sym_max(chosen.numel(), 1)  # `max` would fix the number of tokens in an export
+        P = scores.softmax(dim=-1).sum(dim=0) / torch.sym_max(flat.shape[0], 1)
         self.balance_loss = self.n_experts * (share * P).sum()
         y = torch.zeros_like(flat)
+        # compiled, under vmap and on the meta device no shape may depend on the data: every expert sees every token
+        fixed = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None or x.is_meta
         for e in range(self.n_experts):
-            if torch.compiler.is_compiling():  # no shape may depend on the data: every expert sees every token
+            if fixed:
                 gain = torch.where(chosen == e, weight, 0).sum(dim=-1, keepdim=True)
                 y = y + gain * self._expert(e, flat)
             else:

@@ -107,7 +107,7 @@ class OverWidthEmbedding(nn.Module):
 
     def forward(self, tokens: Int[Tensor, "*b t"]) -> Float[Tensor, "*b t n d"]:
         """Token ids [..., t] -> H′⁰ [..., t, n, d_b]; n-grams run along the last axis of `tokens`."""
-        self._check_tokens(tokens)
+        self.check_tokens(tokens)
         e = F.embedding(tokens, self.table)
         for order, table in enumerate(self.ngram_tables, start=2):
             e = e + F.embedding(ngram_buckets(tokens, order, table.shape[0]), table)
@@ -115,7 +115,8 @@ class OverWidthEmbedding(nn.Module):
             e = self.expand(e)  # Eq. (3)
         return segments(e, self.n)  # Eq. (2): n segments as wide as those of Eq. (1)
 
-    def _check_tokens(self, tokens: Tensor) -> None:
+    def check_tokens(self, tokens: Tensor) -> None:
+        """Raise TypeError for tokens that are no integers, IndexError for an id out of range (on CPU)."""
         if tokens.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"tokens have dtype {tokens.dtype}: must be torch.int64 or torch.int32")
         # On a GPU the check would wait for the device; there an id out of range stops the kernel itself.

@@ -93,7 +93,8 @@ class VWNTransformer(nn.Module):
 
         The next-2-token loss, where there is an MTP head, covers the targets that have two tokens before them.
         Every token is one of the text: there is no padding and no mask.
-        Raises ValueError for windows too short to have a target, or longer than max_seq_len + 1.
+        Raises ValueError for windows too short to have a target, or longer than max_seq_len + 1, and IndexError for a
+        token id out of range (on CPU).
         """
         shortest, longest = 3 if self.mtp else 2, self.cfg.max_seq_len + 1
         if tokens.ndim != 2 or tokens.shape[0] == 0 or not shortest <= tokens.shape[1] <= longest:
@@ -101,6 +102,7 @@ class VWNTransformer(nn.Module):
                 f"tokens have shape {tuple(tokens.shape)}: must be [b, t] with b ≥ 1 and {shortest} ≤ t ≤ {longest}, "
                 "the last token is only a target"
             )
+        self.embedding.check_tokens(tokens)  # the last column, too: -100 would be a mask, which there is not
         E = self._embedded(tokens[:, :-1])
         if self.mtp is None:
             h = through(E, self.connections, self.sublayers, self.reduce)

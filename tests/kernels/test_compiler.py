@@ -78,11 +78,49 @@ def test_the_cache_is_private_and_used_again(fresh, monkeypatch):
 
 
 @needs_compiler
-def test_a_damaged_object_is_made_again(fresh):
+@pytest.mark.parametrize("kept", [0, 10, 1000, 8192, -1])
+def test_a_damaged_object_is_made_again(fresh, kept):
+    """Some of these the loader would refuse, others end the process with SIGBUS."""
     made = compiler._compile(1, 1, 4, "float")  # not loaded: a loader that has a path open does not look at it again
-    made.write_bytes(b"\x7fELF and nothing else")
+    whole = made.read_bytes()
+    made.write_bytes(whole[:kept])
     assert compiler.library(1, 1, 4, torch.float32) is not None
-    assert made.stat().st_size > 1000
+    assert [path.read_bytes() for path in fresh.iterdir()] == [whole]
+
+
+@needs_compiler
+def test_a_damaged_byte_is_seen(fresh):
+    made = compiler._compile(1, 1, 4, "float")
+    whole = made.read_bytes()
+    made.write_bytes(whole[:4096] + bytes(64) + whole[4160:])
+    assert compiler.library(1, 1, 4, torch.float32) is not None
+    assert [path.read_bytes() for path in fresh.iterdir()] == [whole]
+
+
+@needs_compiler
+def test_what_does_not_load_is_made_again(fresh, monkeypatch):
+    """Of another libc, say: whole, and of no use."""
+    opened = []
+
+    def once(path, load=compiler._open):
+        opened.append(path)
+        if len(opened) == 1:
+            raise compiler.Unavailable("no such symbol")
+        return load(path)
+
+    monkeypatch.setattr(compiler, "_open", once)
+    assert compiler.library(1, 1, 4, torch.float32) is not None and len(opened) == 2
+
+
+@needs_compiler
+@pytest.mark.parametrize("variable", ["CXX", "VWN_REF_CXXFLAGS"])
+def test_a_quote_that_does_not_end(fresh, monkeypatch, variable):
+    monkeypatch.setenv(variable, '-O2 "x')
+    compiler.find_compiler.cache_clear()
+    try:
+        _falls_back(f"{variable} = '-O2 \"x': must be words, quoted as for a shell")
+    finally:
+        compiler.find_compiler.cache_clear()
 
 
 def _falls_back(reason: str) -> None:

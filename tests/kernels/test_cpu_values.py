@@ -9,6 +9,8 @@ import pytest
 import torch
 from vwn_ref.kernels import cpu
 
+from vwn_ref import ghc
+
 # Errors are relative to the root mean square of a tensor. float32 rounds to 6e-8; the longest sums run over 1000 tokens
 # times d_b, where rounding adds up like a random walk, and 72 terms go into one mixed element. Measured: at most 1e-6.
 # A wrong formula shows at 1e-2 and above.
@@ -158,3 +160,53 @@ def test_first_gradients_with_create_graph_where_one_ghc_is_used_twice(either_ba
         results.append(torch.autograd.grad(H.square().sum(), t, create_graph=graph))
     for found in results[:2]:
         torch.testing.assert_close(found, results[2], rtol=1e-9, atol=1e-9)
+
+
+def once_around(ops, H, *parameters):
+    """A GHC around a sublayer whose second derivative is not 0."""
+    x, state = ops.dynamic_width(H, *parameters, helpers.EPS)
+    return ops.depth(x.tanh(), state)
+
+
+@pytest.mark.parametrize("one", range(8))
+def test_second_derivatives_by_one_input_alone(either_backend, one):
+    """Where not every output depends on what is differentiated by: on B alone x does not."""
+    case = helpers.case(2, 3, 4, (5,), torch.float64)
+    found = []
+    for ops in (cpu, helpers.Reference):
+        t = [x.clone().requires_grad_(i == one) for i, x in enumerate(case.inputs)]
+        (first,) = torch.autograd.grad(once_around(ops, *t).square().sum(), t[one], create_graph=True)
+        found.append((first, *torch.autograd.grad(first.square().sum(), t[one])))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+
+
+def test_gradients_in_batches(either_backend):
+    """is_grads_batched, and with it the vectorised jacobian and hessian: `vmap` over a backward pass alone."""
+    case = helpers.case(2, 3, 4, (5,), torch.float64)
+    found = []
+    for ops in (cpu, helpers.Reference):
+        t = [x.clone().requires_grad_() for x in case.inputs]
+        H = once_around(ops, *t)
+        several = torch.stack([H.detach().cos(), H.detach().sin()])
+        batched = torch.autograd.grad(H, t, several, is_grads_batched=True)
+
+        def of_state(h, ops=ops):
+            return once_around(ops, h, *case.inputs[1:])
+
+        jacobian = torch.autograd.functional.jacobian(of_state, case.inputs[0], vectorize=True)
+        hessian = torch.autograd.functional.hessian(
+            lambda h: of_state(h).square().sum(), case.inputs[0], vectorize=True
+        )
+        found.append((*batched, jacobian, hessian))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+
+
+def test_static_gradients_in_batches(either_backend):
+    A, B, H = torch.randn(3, 5).double(), torch.randn(2, 3).double(), torch.randn(4, 3, 6).double()
+    found = []
+    for ops in (cpu, ghc):
+        t = [x.clone().requires_grad_() for x in (H, A, B)]
+        x, state = ops.width(*t)
+        out = ops.depth(x.tanh(), state)
+        found.append(torch.autograd.grad(out, t, torch.stack([out.detach(), -out.detach()]), is_grads_batched=True))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)

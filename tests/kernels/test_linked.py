@@ -264,3 +264,18 @@ def test_no_second_derivative_is_lost():
 
     for one, other in zip(twice(fused), twice(Reference), strict=True):
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-3 * other.abs().max().item())
+
+
+def test_gradients_in_batches():
+    """Many backward passes at once are the reference's, too, and no link is used."""
+
+    def twice(ops):
+        wide = torch.float32 if ops is fused else torch.float64
+        H, z, g_x, g = (t.to(wide) for t in states())
+        own = fused.Parameters(*(t.to(wide).requires_grad_() for t in parameters()))
+        outputs, flow = both(ops, H.requires_grad_(), z.requires_grad_(), own, g_x, g)
+        several = [torch.stack([t, t.flip(0)]) for t in flow]
+        return torch.autograd.grad(outputs, [H, z, *own], several, is_grads_batched=True)
+
+    for one, other in zip(twice(fused), twice(Reference), strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4 * other.abs().max().item())
