@@ -55,7 +55,8 @@ def cpu_backend() -> str:
 
 @contextlib.contextmanager
 def cpu_backend_forced(name: str | None):
-    """Within this context: "c++", or RuntimeError where it does not compile, or "torch"; None lifts it.
+    """Within this context: "c++", or RuntimeError where it does not compile, or "torch"; None lifts it. What neither is
+    made for (see `vwn_ref.kernels.cpu`) still goes to the reference.
 
     For tests and timings; the environment's VWN_REF_CPU_BACKEND does the same for a process.
     """

@@ -68,6 +68,7 @@ def test_refused(base, change, message):
         (lambda: check_int("n_experts", None, least=0), "n_experts = None: must be an integer ≥ 0"),
         (lambda: check_float("mtp_weight", "a"), "mtp_weight = 'a': must be a finite number ≥ 0"),
         (lambda: check_float("norm_eps", True, above=True), "norm_eps = True: must be a finite number > 0"),
+        (lambda: check_float("std", np.float32(0.3)), "std = np.float32(0.3): must be a Python int or float ≥ 0"),
         (lambda: check_float("norm_eps", None), "norm_eps = None: must be a finite number ≥ 0"),
         (lambda: check_choice("kernels", "cuda", ("auto", "cpu")), "kernels = 'cuda': must be one of 'auto', 'cpu'"),
         (lambda: check_choice("kernels", 1, ("auto",)), "kernels = 1: must be one of 'auto'"),

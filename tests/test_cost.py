@@ -296,6 +296,8 @@ def test_kernel_traffic(m, n):
         (lambda: cost.ghc_parameters(8, 2, 1), "n = 1: must be ≥ m = 2"),
         (lambda: cost.activation_bytes(8, 2, 3, eta=1.5), "eta = 1.5: must be ≤ 1"),
         (lambda: cost.activation_bytes(8, 2, 3, eta=-1), "eta = -1.0: must be a finite number ≥ 0"),
+        (lambda: cost.activation_bytes(8, 2, 3, eta="0.5"), "eta = '0.5': must be a finite number ≥ 0"),
+        (lambda: cost.activation_bytes(8, 2, 3, eta=True), "eta = True: must be a finite number ≥ 0"),
         (lambda: cost.kernel_traffic(8, 2, 3, fusion="all"), "fusion = 'all': must be one of 'separate'"),
         (lambda: cost.model_flops(config("plain"), 0), "seq_len = 0: must be an integer ≥ 1"),
     ],

@@ -342,9 +342,11 @@ def test_effective_window_per_token_and_of_contributions():
         ({"m": 0, "n": 2}, "m = 0: must be an integer ≥ 1"),
         ({"m": 1, "n": 2, "keep": "half"}, "keep = 'half': must be one of 'whole', 'compressed'"),
         ({"m": 2, "n": 2, "compress": torch.ones(2)}, "compress is given: must be None"),
+        ({"m": 2, "n": 3, "read": torch.ones(3, 5)}, "read has shape (3, 5): must be (3, 2)"),
+        ({"m": 2, "n": 3, "keep": "compressed", "compress": torch.ones(3)}, "compress has shape (3,): must be (2,)"),
     ],
 )
-def test_hard_window_refuses(arguments, message):
+def test_hard_window_refuses(arguments, message, no_shape_checks):
     with pytest.raises(ValueError) as raised:
         depth.hard_window(**arguments)
     assert message in str(raised.value)

@@ -106,6 +106,7 @@ def test_ngram_tables_are_added_and_learn():
         (dict(n=1), "n = 1: must be ≥ m = 2"),
         (dict(rank=0), "rank = 0"),
         (dict(ngram_buckets=-1), "ngram_buckets = -1"),
+        (dict(std=float("nan")), "std = nan: must be a finite number ≥ 0"),
     ],
 )
 def test_bad_sizes(kwargs, match):

@@ -236,6 +236,21 @@ def test_altup_predictor_that_is_right_is_left_alone():
         family.altup(D, P, g, 3)
 
 
+@pytest.mark.parametrize(
+    "call, match",
+    [
+        (lambda: family.altup(D, randn(1, 3), randn(3), 1), r"P has shape \(1, 3\): must be \[K, K\] = \(3, 3\)"),
+        (lambda: family.altup(D, randn(3, 3), randn(3), True), "active = True: must be an integer ≥ 0"),
+        (lambda: family.with_matrices(D, torch.zeros(3, 5), torch.zeros(3)), r"B has shape \(3,\): must be \[m, n\]"),
+        (lambda: family.sinkhorn(randn(3, 3), 0), "iterations = 0: must be an integer ≥ 1"),
+        (lambda: family.sinkhorn(randn(3, 2)), r"logits have shape \(3, 2\): must be \[n, n\]"),
+    ],
+)
+def test_refused(call, match, no_shape_checks):
+    with pytest.raises(ValueError, match=match):
+        call()
+
+
 # --------------------------------------------------------------------------------- dense connections
 
 

@@ -307,3 +307,26 @@ def test_parameter_groups_of_any_module():
 def test_refuses_unknown_kernels():
     with pytest.raises(ValueError, match="kernels = 'fast': must be one of 'auto', 'reference'"):
         GHC(8, 2, 3, kernels="fast")
+
+
+@pytest.mark.parametrize("eps", [-1.0, float("nan"), "a"])
+def test_refuses_an_epsilon_that_is_none(eps, no_shape_checks):
+    with pytest.raises(ValueError, match=f"eps = {eps!r}: must be a finite number ≥ 0"):
+        DynamicGHC(8, 2, 3, eps=eps)
+
+
+@pytest.mark.parametrize("decay", [-1.0, "x"])
+def test_refuses_a_decay_that_is_none(decay, no_shape_checks):
+    with pytest.raises(ValueError, match=f"weight_decay = {decay!r}: must be a finite number ≥ 0"):
+        parameter_groups(GHC(8, 2, 3), decay)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("cls", [GHC, DynamicGHC])
+@pytest.mark.parametrize("m, n", [(2, 4), (1, 3)])
+def test_refuses_the_state_of_another_ghc(cls, kernels, m, n, no_shape_checks):
+    x, state = cls(8, m, n, kernels=kernels).width(torch.zeros(5, n, 8 // m))
+    with pytest.raises(
+        ValueError, match=r"state: must be made by the width of this GHC, .* \[\.\.\., 3, 4\]; these are"
+    ):
+        cls(8, 2, 3, kernels=kernels).depth(x, state)

@@ -78,9 +78,11 @@ def test_first_and_random():
         (dict(init="zeros"), "init = 'zeros': must be one of 'mean', 'first', 'random'"),
         (dict(n=3, norm=True), "norm = True: r = n/m = 3/2 must be an integer"),
         (dict(dim=7), "m = 2: must divide dim = 7"),
+        (dict(eps=-1.0), "eps = -1.0: must be a finite number ≥ 0"),
+        (dict(norm="x"), "norm = 'x': must be True or False"),
     ],
 )
-def test_bad_arguments(kwargs, match):
+def test_bad_arguments(kwargs, match, no_shape_checks):
     with pytest.raises(ValueError, match=match):
         Reduce(**{"dim": 8, "m": 2, "n": 4, **kwargs})
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from fractions import Fraction
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Literal
 
 
@@ -30,7 +30,21 @@ def check_float(name: str, value: object, least: float = 0.0, *, above: bool = F
     """Raise ValueError unless `value` is a finite number ≥ `least` (> `least` with `above`)."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not least <= value < float("inf") or (above and value == least):
-        raise ValueError(f"{name} = {value!r}: must be a finite number {'>' if above else '≥'} {least}")
+        other = isinstance(value, Real) and not isinstance(value, bool) and not number  # NumPy's float32
+        kind = "a Python int or float" if other else "a finite number"
+        raise ValueError(f"{name} = {value!r}: must be {kind} {'>' if above else '≥'} {least}")
+
+
+def check_bool(name: str, value: object) -> None:
+    """Raise ValueError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} = {value!r}: must be True or False")
+
+
+def check_text(name: str, value: object) -> None:
+    """Raise ValueError unless `value` is a string that is not empty."""
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{name} = {value!r}: must be a string, and not an empty one")
 
 
 def check_choice(name: str, value: object, choices: tuple) -> None:
@@ -128,10 +142,9 @@ class VWNConfig:
         for name in ("rope_theta", "norm_eps", "embed_std", "init_std"):
             if not (name == "init_std" and self.init_std is None):
                 check_float(name, getattr(self, name), above=True)
-        for name in ("dynamic", "reduce_norm"):
-            value = getattr(self, name)
-            if not isinstance(value, bool) and not (name == "reduce_norm" and value is None):
-                raise ValueError(f"{name} = {value!r}: must be True or False")
+        check_bool("dynamic", self.dynamic)
+        if self.reduce_norm is not None:
+            check_bool("reduce_norm", self.reduce_norm)
         check_choice("kernels", self.kernels, KERNELS)
         check_choice("reduce_init", self.reduce_init, REDUCE_INITS)
 

@@ -35,6 +35,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from fractions import Fraction
+from numbers import Rational
 from typing import NamedTuple
 
 from vwn_ref.config import VWNConfig, check_choice, check_float, check_int, check_widths
@@ -111,7 +112,7 @@ def activation_bytes(dim: int, m: int, n: int, *, eta: int | float | Fraction | 
     check_widths(dim, m, n)
     if eta is None:
         return Fraction(4 * (n + m) * dim, m)
-    check_float("eta", float(eta))
+    check_float("eta", float(eta) if isinstance(eta, Rational) and not isinstance(eta, bool) else eta)
     if eta > 1:
         raise ValueError(f"eta = {eta}: must be ≤ 1, it is a share")
     return 4 * Fraction(eta) * n * dim / m

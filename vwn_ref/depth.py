@@ -258,7 +258,8 @@ def hard_window(
         read: Å. The first m columns of I_n unless given, as in Eq. (16): "whole" then reads the newest layer alone,
             "compressed" the m newest, one a segment. `initial_B(m, n).mT` reads the sum of all groups of m slots.
 
-    Raises ValueError where n < m, for an unknown `keep`, and for `compress` where it is not used.
+    Raises ValueError where n < m, for an unknown `keep`, for `compress` where it is not used, and for `compress` or
+    `read` of another shape.
 
     >>> A, B = hard_window(1, 3)
     >>> A, B
@@ -271,6 +272,9 @@ def hard_window(
     if n < m:
         raise ValueError(f"n = {n}: must be ≥ m = {m}")
     check_choice("keep", keep, ("whole", "compressed"))
+    for name, given, shape in (("compress", compress, (m,)), ("read", read, (n, m))):
+        if given is not None and given.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(given.shape)}: must be {shape}")
     if keep == "whole":
         if compress is not None:
             raise ValueError('compress is given: must be None for keep = "whole"')

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vwn_ref.config import check_float
 from vwn_ref.ghc import GHC, State, width
 
 
@@ -53,7 +54,7 @@ class DynamicGHC(GHC):
 
     W_α = W_β = 0 at first, so that it starts as the static GHC. Weight decay on W and S, none on A and B.
 
-    Args: as `GHC`; eps: ε of the RMSNorm. Raises as `GHC`.
+    Args: as `GHC`; eps: ε of the RMSNorm, None for the machine epsilon. Raises as `GHC`, and for ε < 0.
 
     >>> ghc = DynamicGHC(dim=8, m=2, n=3)
     >>> A, B = ghc.matrices(torch.randn(5, 3, 4))
@@ -61,8 +62,10 @@ class DynamicGHC(GHC):
     (torch.Size([5, 3, 5]), torch.Size([5, 2, 3]))
     """
 
-    def __init__(self, dim: int, m: int, n: int, *, eps: float = 1e-6, kernels: str = "auto") -> None:
+    def __init__(self, dim: int, m: int, n: int, *, eps: float | None = 1e-6, kernels: str = "auto") -> None:
         super().__init__(dim, m, n, kernels=kernels)
+        if eps is not None:
+            check_float("eps", eps)
         self.W_alpha = nn.Parameter(torch.zeros(self.slot_width, m + n))
         self.W_beta = nn.Parameter(torch.zeros(self.slot_width, m))
         self.S_alpha = nn.Parameter(torch.ones(n, m + n))

@@ -16,7 +16,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from vwn_ref.config import check_int, check_widths
+from vwn_ref.config import check_float, check_int, check_widths
 
 # Odd 63-bit multipliers: a bucket is a sum of token · multiplier, reduced mod the number of buckets.
 HASH_MULTIPLIERS = (0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9, 0x14D049BB133111EB)
@@ -87,6 +87,7 @@ class OverWidthEmbedding(nn.Module):
         check_int("vocab_size", vocab_size)
         check_widths(dim, m, n)
         check_int("ngram_buckets", ngram_buckets, least=0)
+        check_float("std", std)
         if rank is not None:
             check_int("rank", rank)
         self.vocab_size, self.n = vocab_size, n

@@ -34,8 +34,10 @@ from vwn_ref.ghc import GHC
 def with_matrices(dim: int, A: Float[Tensor, "n k"], B: Float[Tensor, "m n"], *, kernels: str = "auto") -> GHC:
     """A static GHC with these matrices (copied, in A's dtype); m and n are read off B [m, n].
 
-    Raises ValueError where A is not [n, m+n], m does not divide dim, or n < m.
+    Raises ValueError where B is not [m, n] and A [n, m+n], m does not divide dim, or n < m.
     """
+    if B.ndim != 2:
+        raise ValueError(f"B has shape {tuple(B.shape)}: must be [m, n]")
     m, n = B.shape
     if A.shape != (n, m + n):
         raise ValueError(f"A has shape {tuple(A.shape)}: must be [n, m+n] = {(n, m + n)} for B {tuple(B.shape)}")
@@ -150,10 +152,13 @@ def altup(
         Å = e_j,   Â[k, i] = P[i, k] − g_i P[j, k],   B[0, i] = g_i.
 
     residual: T(x) = x + F(x), and it is F that the GHC is put around. Its x_j goes into Â as well: Â[j, i] += g_i.
-    Raises ValueError unless 0 ≤ active < K.
+    Raises ValueError unless P is [K, K] and 0 ≤ active < K.
     """
     K = len(g)
-    if not 0 <= active < K:
+    if P.shape != (K, K):
+        raise ValueError(f"P has shape {tuple(P.shape)}: must be [K, K] = {(K, K)} for the {K} numbers of g")
+    check_int("active", active, least=0)
+    if active >= K:
         raise ValueError(f"active = {active}: must be ≥ 0 and < K = {K}, the number of blocks")
     read = torch.eye(K, dtype=P.dtype, device=P.device)[:, active : active + 1]
     carry = P.T - torch.outer(P[active], g)
@@ -202,7 +207,11 @@ def sinkhorn(logits: Float[Tensor, "n n"], iterations: int = 20) -> Float[Tensor
     """exp(logits) with columns and rows scaled in turn so that each sums to 1: rows exactly, columns nearly.
 
     The order is mHC's, rows last. How near the columns come depends on the logits: the wider spread, the slower.
+    Raises ValueError for iterations < 1 or logits that are not square.
     """
+    check_int("iterations", iterations)
+    if logits.ndim != 2 or logits.shape[0] != logits.shape[1]:
+        raise ValueError(f"logits have shape {tuple(logits.shape)}: must be [n, n]")
     log_M = logits  # of logarithms, so that nothing overflows
     for _ in range(iterations):
         log_M = log_M - log_M.logsumexp(dim=0, keepdim=True)

@@ -21,7 +21,7 @@ from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vwn_ref.config import check_widths
+from vwn_ref.config import check_float, check_widths
 
 State = tuple  # what depth() needs of width(): (B, carried) here, something else in the fused kernels
 
@@ -78,7 +78,10 @@ def parameter_groups(module: nn.Module, weight_decay: float, *, decay_static: bo
     >>> groups = parameter_groups(nn.ModuleList([GHC(8, 2, 3), nn.Linear(8, 8)]), weight_decay=0.1)
     >>> [(len(group["params"]), group["weight_decay"]) for group in groups]
     [(1, 0.1), (3, 0.0)]
+
+    Raises ValueError unless weight_decay is a finite number ≥ 0.
     """
+    check_float("weight_decay", weight_decay)
     static = {id(p) for ghc in module.modules() if isinstance(ghc, GHC) and not decay_static for p in (ghc.A, ghc.B)}
     decayed, exempt = [], []
     for p in module.parameters():
@@ -145,7 +148,8 @@ class GHC(nn.Module):
     def depth(self, z: Float[Tensor, "*b D"], state: State) -> Float[Tensor, "*b n d"]:
         """z [..., D], the sublayer's output, and `width`'s state -> the next H [..., n, d_b].
 
-        Raises TypeError or ValueError where z is not a tensor of the dtype, the tokens and the width that x has.
+        Raises TypeError or ValueError where z is not a tensor of the dtype, the tokens and the width that x has, and
+        ValueError for a state that another GHC's `width` made, with other m or n.
         """
         if not isinstance(z, Tensor):
             raise TypeError(
@@ -156,7 +160,13 @@ class GHC(nn.Module):
             raise TypeError(f"z has dtype {z.dtype}: must be {self.A.dtype}, the dtype of the parameters")
         if z.shape[-1:] != (self.dim,):
             raise ValueError(f"z has shape {tuple(z.shape)}: must be [..., {self.dim}], the sublayer's output")
-        return self.ops.depth(z, state)
+        H = self.ops.depth(z, state)
+        if H.shape[-2:] != (self.n, self.slot_width):
+            raise ValueError(
+                f"state: must be made by the width of this GHC, whose slots are [..., {self.n}, {self.slot_width}]; "
+                f"these are {tuple(H.shape)}"
+            )
+        return H
 
     def forward(self, H: Float[Tensor, "*b n d"], layer: Callable[[Tensor], Tensor]) -> Float[Tensor, "*b n d"]:
         """Eq. (10) whole, around the sublayer `layer`: [..., D] -> [..., D], without a residual of its own."""

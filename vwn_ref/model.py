@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vwn_ref.backbone import MoE, at_least_float32, sublayers, unembedding
-from vwn_ref.config import VWNConfig, check_int
+from vwn_ref.config import VWNConfig, check_float, check_int
 from vwn_ref.embedding import OverWidthEmbedding
 from vwn_ref.ghc import parameter_groups
 from vwn_ref.mtp import MTPHead
@@ -136,8 +136,7 @@ class VWNTransformer(nn.Module):
         oldest are out of view. Raises ValueError for a bad argument.
         """
         check_int("max_new_tokens", max_new_tokens, least=0)
-        if not 0 <= temperature < float("inf"):
-            raise ValueError(f"temperature = {temperature!r}: must be a finite number ≥ 0")
+        check_float("temperature", temperature)
         if top_k is not None:
             check_int("top_k", top_k)
         if tokens.ndim != 2 or tokens.shape[1] == 0:

@@ -17,7 +17,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vwn_ref.config import REDUCE_INITS, check_choice, check_widths
+from vwn_ref.config import REDUCE_INITS, check_bool, check_choice, check_float, check_widths
 from vwn_ref.ghc import initial_B
 
 
@@ -41,7 +41,7 @@ class Reduce(nn.Module):
         init: initial W_reduce, "mean", "first" or "random".
         eps: ε of the GroupNorm.
 
-    Raises ValueError for bad widths, an unknown `init`, or norm=True where r is no integer.
+    Raises ValueError for bad widths, an unknown `init`, an ε < 0, or norm=True where r is no integer.
 
     >>> Reduce(dim=8, m=2, n=4)(torch.randn(5, 7, 4, 4)).shape
     torch.Size([5, 7, 8])
@@ -53,6 +53,9 @@ class Reduce(nn.Module):
         super().__init__()
         check_widths(dim, m, n)
         check_choice("init", init, REDUCE_INITS)
+        check_float("eps", eps)
+        if norm is not None:
+            check_bool("norm", norm)
         if norm and n % m:
             raise ValueError(f"norm = True: r = n/m = {n}/{m} must be an integer, the groups are D wide")
         self.dim, self.n, self.slot_width = dim, n, dim // m

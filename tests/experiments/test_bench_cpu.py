@@ -58,3 +58,9 @@ def test_the_file(clock, monkeypatch, tmp_path, capsys):
     assert kept["rounds"] == 2 and kept["model"]["dim"] == bench_cpu.DIM and {"commit", "processor"} <= kept.keys()
     assert (found[0]["m"], found[0]["n"], found[0]["threads"]) == (2, 3, 1)
     assert "3.00" in capsys.readouterr().out and [one.name for one in tmp_path.iterdir()] == ["bench.json"]
+
+
+def test_a_state_too_wide_for_the_kernels(capsys):
+    with pytest.raises(SystemExit):
+        bench_cpu.main(["--shapes", "1,105"])
+    assert "n = 105: too wide a state for the kernels" in capsys.readouterr().err

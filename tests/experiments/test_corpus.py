@@ -7,7 +7,7 @@ import random
 import shutil
 import socket
 import stat
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pyarrow as pa
@@ -161,6 +161,7 @@ def test_empty_and_missing_texts_are_left_out(tmp_path, config, documents):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "empty.txt").write_text("")
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "empty.parquet")
     assert load_corpus(replace(config, files=(str(tmp_path),))).digest == load_corpus(config).digest
 
 
@@ -227,12 +228,49 @@ def test_hub_column(monkeypatch, config, documents):
         ({"split_seed": -1}, "data.split_seed = -1"),
         ({"max_documents": 0}, "data.max_documents = 0"),
         ({"max_bytes": 0}, "data.max_bytes = 0"),
+        ({"files": ("",)}, "data.files = '': must be a string, and not an empty one"),
+        ({"dataset": ""}, "data.dataset = '': must be a string"),
+        ({"text_column": ""}, "data.text_column = '': must be a string"),
         ({"files": ("a",), "dataset": "b"}, "data.files = .*: must be empty where data.dataset = 'b'"),
     ],
 )
 def test_bad_fields(changes, message):
     with pytest.raises(ValueError, match=message):
         DataConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"files": None}, "data.files = None: must be a tuple of names"),
+        ({"files": (3,)}, "data.files = 3: must be a string"),
+        ({"cache_dir": 5}, "data.cache_dir = 5: must be a string"),
+        ({"text_column": None}, "data.text_column = None: must be a string"),
+        ({"dataset": 5}, "data.dataset = 5: must be a string"),
+        ({"library_tests": "yes"}, "data.library_tests = 'yes': must be True or False"),
+    ],
+)
+def test_fields_of_another_type(changes, message, no_shape_checks):
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**changes)
+
+
+def test_paths_are_names(tmp_path, no_shape_checks):
+    given = DataConfig(files=(tmp_path / "a.txt",), cache_dir=tmp_path)
+    assert given == DataConfig(files=(str(tmp_path / "a.txt"),), cache_dir=str(tmp_path))
+    json.dumps(asdict(given))
+
+
+def test_a_cap_that_lets_nothing_in_is_named(config):
+    with pytest.raises(ValueError, match=r"no document with text in files .* within data.max_bytes = 1"):
+        load_corpus(replace(config, max_bytes=1))
+
+
+def test_a_cache_that_is_a_file(tmp_path, config):
+    (tmp_path / "file").write_text("")
+    for name in ("file", "file/below"):
+        with pytest.raises(FileExistsError, match=f"data.cache_dir = .*{name}': must be a folder"):
+            load_corpus(replace(config, cache_dir=str(tmp_path / name)))
 
 
 @pytest.mark.parametrize(

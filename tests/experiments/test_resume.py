@@ -217,6 +217,18 @@ def test_resume_on_another_corpus(half, text_folder, tmp_path, monkeypatch):
         train(config)
 
 
+def test_a_tokenizer_that_is_not_the_corpus_s(half, unbroken):
+    """Taken away it is written anew."""
+    config, wanted = half[0], unbroken[1]
+    path = Path(config.out) / "tokenizer.json"
+    path.write_text("{}")
+    with pytest.raises(CheckpointError, match=r"tokenizer.json is not the corpus's tokenizer: remove it"):
+        train(config)
+    path.unlink()
+    train(config)
+    assert path.read_bytes() == wanted["tokenizer.json"]
+
+
 def test_checkpoint_of_another_run(half, unbroken, tiny, tmp_path):
     config, _ = half
     for changes in ({"lr": 1e-2}, {"model": {"dim": 32}}):

@@ -187,6 +187,11 @@ def test_bad_shards(part):
         ("seeds = [0, 1]", "seeds = [0, 0]", "run 'plain-s0': must be there once"),
         ("seeds = [0, 1]", "seeds = [0]\nsteps = 3", "steps: no such key; must be one of seeds, base_variant, "),
         ("seeds = [0, 1]", 'seeds = [0]\nbase_variant = "r2"', "base_variant = 'r2': must be one of the variants, pl"),
+        (
+            "seeds = [0, 1]",
+            'seeds = [0]\nbase_variant = ["r2"]',
+            "base_variant = ['r2']: must be one of the variants, pl",
+        ),
         ("[variants.plain]", "[variants.other]", "base_variant = 'plain': must be one of the variants, other, r1.5"),
         ("[variants.plain]", '[variants."a/b"]\n[variants.plain]', "run 'a/b-s0': is a folder's name, must be made"),
         ("[variants.plain]", '[variants.plain]\n[variants.".a"]', "run '.a-s0': is a folder's name"),

@@ -279,12 +279,20 @@ def test_bad_fields(tiny, changes, message):
         (lambda: TrainConfig(compile=1), "compile = 1: must be True or False"),
         (lambda: TrainConfig(model={"dim": 8}), "model = {'dim': 8}: must be a VWNConfig"),
         (lambda: TrainConfig(data=None), "data = None: must be a DataConfig"),
+        (lambda: TrainConfig(out=5), "out = 5: must be a string"),
+        (lambda: TrainConfig(out=""), "out = '': must be a string, and not an empty one"),
+        (lambda: TrainConfig(device=None), "device = None: must be a string"),
+        (lambda: TrainConfig(seed=2**63), "seed = 9223372036854775808: must be < 2"),
         (lambda: DataConfig(files="a.txt"), r"data.files = 'a.txt': must be a tuple of names, \('a.txt',\)"),
     ],
 )
 def test_wrong_types(make, message, no_shape_checks):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_path_is_a_name(tmp_path, no_shape_checks):
+    assert TrainConfig(out=tmp_path) == TrainConfig(out=str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -294,6 +302,7 @@ def test_wrong_types(make, message, no_shape_checks):
         ({"micro_batch": 3}, "micro_batch = 3: must divide the 4 sequences of a process"),
         ({"device": "cuda:99"}, "device = 'cuda:99': must be auto or a device of this machine"),
         ({"device": "abacus"}, "device = 'abacus': must be auto or"),
+        ({"device": "meta"}, "device = 'meta': must be auto or a device that computes"),
         ({"resume": True}, "resume = True: must come with out"),
     ],
 )
@@ -327,8 +336,9 @@ def test_folders_that_are_taken(tiny, finished, tmp_path):
     for resume in (False, True):
         with pytest.raises(FileExistsError, match="holds files but no run"):
             train(tiny(out=str(tmp_path), resume=resume))
-    with pytest.raises(FileExistsError, match="is a file, must be a folder"):
-        train(tiny(out=str(tmp_path / "thesis.tex")))
+    for name in ("thesis.tex", "thesis.tex/run"):
+        with pytest.raises(FileExistsError, match=r"thesis\.tex is a file, must be a folder"):
+            train(tiny(out=str(tmp_path / name)))
     with pytest.raises(FileNotFoundError, match=r"must be the folder of a run, there is no config\.json"):
         load_run(tmp_path)
 

@@ -30,6 +30,7 @@ from vwn_ref.cost import ratio_to_plain
 from vwn_ref.experiments.provenance import git_commit, processor
 from vwn_ref.experiments.storage import write_text
 from vwn_ref.kernels import cpu_backend, cpu_backend_forced
+from vwn_ref.kernels.cpu import LARGEST
 
 SHAPES = ((2, 3), (4, 8), (4, 16), (8, 64))
 BATCH, SEQ_LEN, VOCAB, DIM, BLOCKS = 16, 128, 1024, 64, 6
@@ -139,6 +140,8 @@ def _pair(text: str) -> tuple[int, int]:
     try:
         m, n = map(int, text.split(","))
         VWNConfig(vocab_size=VOCAB, dim=DIM, m=m, n=n)
+        if n * max(DIM // m, 3 * n) > LARGEST:
+            raise ValueError(f"n = {n}: too wide a state for the kernels, the readable code would be timed thrice")
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text}: must be m,n such as 4,8 ({error})") from error
     return m, n
@@ -153,6 +156,8 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="default %(default)s")
     parser.add_argument("--json", metavar="FILE", help="write the numbers there as well")
     options = parser.parse_args(arguments)
+    if options.json:
+        Path(options.json).parent.mkdir(parents=True, exist_ok=True)  # now, not when all is measured
     clock = time.perf_counter if options.clock == "wall" else time.process_time
     before = torch.get_num_threads()
     threads = [options.threads] if options.threads else sorted({1, before if options.clock == "wall" else 1})

@@ -27,7 +27,7 @@ from typing import Literal
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from vwn_ref.config import check_choice, check_float, check_int
+from vwn_ref.config import check_bool, check_choice, check_float, check_int, check_text
 from vwn_ref.experiments.storage import cached_folder, file_digest, json_digest
 
 END = "<|end|>"
@@ -81,8 +81,15 @@ class DataConfig:
     """Where token arrays are kept. None: the environment's VWN_REF_CACHE, else the user's cache folder."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.files, str):
-            raise ValueError(f"data.files = {self.files!r}: must be a tuple of names, ({self.files!r},)")
+        if isinstance(self.files, str | os.PathLike) or not isinstance(self.files, Iterable):
+            raise ValueError(f"data.files = {self.files!r}: must be a tuple of names, ({str(self.files)!r},)")
+        object.__setattr__(self, "files", tuple(path_text("data.files", file) for file in self.files))
+        if self.cache_dir is not None:
+            object.__setattr__(self, "cache_dir", path_text("data.cache_dir", self.cache_dir))
+        for name in ("dataset", "dataset_config", "dataset_split", "dataset_revision", "text_column"):
+            if getattr(self, name) is not None or name in ("dataset_split", "text_column"):
+                check_text(f"data.{name}", getattr(self, name))
+        check_bool("data.library_tests", self.library_tests)
         check_int("data.vocab_size", self.vocab_size, least=SMALLEST_VOCABULARY)
         if self.vocab_size > LARGEST_VOCABULARY:
             raise ValueError(f"data.vocab_size = {self.vocab_size}: must be ≤ {LARGEST_VOCABULARY}")
@@ -96,7 +103,13 @@ class DataConfig:
                 check_int(f"data.{name}", getattr(self, name))
         if self.files and self.dataset is not None:
             raise ValueError(f"data.files = {self.files}: must be empty where data.dataset = {self.dataset!r}")
-        object.__setattr__(self, "files", tuple(self.files))  # JSON gives a list
+
+
+def path_text(name: str, value: object) -> str:
+    """A file's name as text, for JSON. Raises ValueError for an empty one, or what is neither a string nor a path."""
+    text = str(value) if isinstance(value, os.PathLike) else value
+    check_text(name, text)
+    return text
 
 
 @dataclass(frozen=True)
@@ -167,7 +180,11 @@ def load_corpus(config: DataConfig) -> Corpus:
     everything about the content: unreadable file, wrong column, no documents, a vocabulary the text cannot fill.
     """
     # Nobody else may write beside what the kernels load as code: a umask of 002 would let the group.
-    cache_folder(config).mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder = cache_folder(config)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise FileExistsError(f"data.cache_dir = {str(folder)!r}: must be a folder, or a new one: {error}") from error
     files = find_files(config)
     key = {
         "format": FORMAT,
@@ -304,11 +321,14 @@ def read_documents(files: Sequence[Path], config: DataConfig) -> Iterator[str]:
     The readers are called directly: `load_dataset("text", ...)` would tell the hub about every use.
     """
     IterableDataset = import_datasets().IterableDataset
+    from pyarrow.parquet import read_metadata
 
     def rows_of(group: list[Path], what: str) -> Iterator[str]:
         paths = [glob.escape(str(path)) for path in group]  # `datasets` takes them for patterns
         if what == "text":
             return column(IterableDataset.from_text(paths, sample_by=config.sample_by), "text", "text")
+        if what == "parquet" and not read_metadata(group[0]).num_rows:  # of which `datasets` makes an error
+            return iter(())
         read = IterableDataset.from_json if what == "json" else IterableDataset.from_parquet
         name = "text" if config.dataset else config.text_column
         return column(read(paths), name, str(group[0]))
@@ -387,7 +407,8 @@ def build(config: DataConfig, files: Sequence[Path], folder: Path) -> dict:
         size[part] += n_bytes(text)
     total = documents["train"] + documents["val"]
     if not total:
-        raise ValueError(f"the corpus is empty: no document with text in {source(config)}")
+        within = "" if config.max_bytes is None else f" within data.max_bytes = {config.max_bytes}"
+        raise ValueError(f"the corpus is empty: no document with text in {source(config)}{within}")
     for part in ("train", "val"):
         if not documents[part]:
             raise ValueError(

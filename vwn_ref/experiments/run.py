@@ -77,8 +77,9 @@ class Run:
             if resume:
                 raise ValueError("resume = True: must come with out, the folder of the run to continue")
             return
-        if folder.exists() and not folder.is_dir():
-            raise FileExistsError(f"out = {folder}: is a file, must be a folder")
+        for path in (folder, *folder.parents):
+            if path.exists() and not path.is_dir():
+                raise FileExistsError(f"out = {folder}: {path} is a file, must be a folder")
         if not (folder / "config.json").exists():
             if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
                 raise FileExistsError(f"out = {folder}: holds files but no run; must be a new or empty folder")
@@ -114,6 +115,13 @@ class Run:
             if not (self.folder / name).exists():
                 write_text(self.folder / name, text)
         self._file = (self.folder / "log.jsonl").open("ab")
+
+    def check_tokenizer(self, tokenizer: str) -> None:
+        """Raise CheckpointError unless the tokenizer in the folder is this one, the corpus's."""
+        if self.folder is not None:
+            path = self.folder / "tokenizer.json"
+            if path.read_bytes() != tokenizer.encode():
+                raise CheckpointError(f"{path} is not the corpus's tokenizer: remove it, and it is written anew")
 
     def close(self) -> None:
         """Give the folder back."""

@@ -139,7 +139,7 @@ def planned(content: dict[str, Any], stem: str, out: str | Path | None = None) -
     if not variants:
         raise ValueError("variants: must have one or more tables, [variants.<name>]")
     first = content.get("base_variant", "plain")
-    if first not in variants:
+    if not isinstance(first, str) or first not in variants:
         raise ValueError(f"base_variant = {first!r}: must be one of the variants, {', '.join(variants)}")
     folder = content.get("out", f"runs/{stem}")
     if not isinstance(folder, str) or not folder:

@@ -31,11 +31,11 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from vwn_ref.config import VWNConfig, check_choice, check_float, check_int
+from vwn_ref.config import VWNConfig, check_bool, check_choice, check_float, check_int, check_text
 from vwn_ref.experiments import checkpoint
 from vwn_ref.experiments.checkpoint import CheckpointError
 from vwn_ref.experiments.console import Clock, Progress, Signals, note, told
-from vwn_ref.experiments.data import Corpus, DataConfig, describe, load_corpus, load_tokenizer
+from vwn_ref.experiments.data import Corpus, DataConfig, describe, load_corpus, load_tokenizer, path_text
 from vwn_ref.experiments.provenance import git_commit
 from vwn_ref.experiments.run import Run, read_config, read_json
 from vwn_ref.experiments.world import World, joined_world, torch_settings
@@ -115,6 +115,11 @@ class TrainConfig:
         check_int("checkpoint_interval", self.checkpoint_interval)
         check_int("warmup", self.warmup, least=0)
         check_int("seed", self.seed, least=0)
+        if self.seed >= 2**63:
+            raise ValueError(f"seed = {self.seed}: must be < 2**63")
+        if self.out is not None:
+            object.__setattr__(self, "out", path_text("out", self.out))
+        check_text("device", self.device)
         for name in ("micro_batch", "threads"):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name))
@@ -125,8 +130,7 @@ class TrainConfig:
             if getattr(self, name) >= 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be < 1")
         for name in ("decay_static", "resume", "compile", "progress"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} = {getattr(self, name)!r}: must be True or False")
+            check_bool(name, getattr(self, name))
         check_choice("schedule", self.schedule, ("cosine", "linear", "constant"))
         check_choice("dtype", self.dtype, ("float32", "bfloat16"))
         if self.model.vocab_size != self.data.vocab_size:
@@ -285,6 +289,7 @@ def train_loop(config: TrainConfig, corpus: Corpus, world: World, run: Run, sign
         sums.copy_(tensors["sums"])
         first, since, clock = state["step"], state["since"], Clock(state["seconds"], state.get("cpu_seconds"))
     if config.resume and world.rank == 0:
+        run.check_tokenizer((corpus.folder / "tokenizer.json").read_text(encoding="utf-8"))
         run.cut_log()
         if config.progress:
             goes_on = f"goes on at step {first} of {config.steps}"

@@ -55,6 +55,8 @@ def joined_world(device: str) -> Iterator[World]:
         torch.zeros(1, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device = {device!r}: must be auto or a device of this machine: {error}") from error
+    if found.type == "meta":
+        raise ValueError(f"device = {device!r}: must be auto or a device that computes")
     if size == 1:
         yield World(0, 1, found)
         return
