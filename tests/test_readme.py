@@ -2,11 +2,13 @@
 
 import importlib
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 import tyro
 
+import vwn_ref
 from vwn_ref.experiments.readme import PARTS, rewritten
 
 ROOT = Path(__file__).parents[1]
@@ -89,3 +91,9 @@ def test_estimates_in_prose_stand_in_the_tables_too():
     number = re.compile(r"[−+-]?\d+\.\d+ ± \d+\.\d+")
     known, said = (set(number.findall(text.replace("\u00a0", " "))) for text in (written, prose))
     assert len(said) > 20 and not said - known, said - known
+
+
+def test_one_version_everywhere():
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    cited = re.search(r"version = \{(.*)\}", TEXT).group(1)
+    assert declared == cited == vwn_ref.__version__
