@@ -7,6 +7,7 @@ import pytest
 
 from vwn_ref.experiments import plots
 from vwn_ref.experiments.finished import KeptRun
+from vwn_ref.experiments.readme import DATA
 
 matplotlib.use("Agg")
 
@@ -96,3 +97,14 @@ def test_main_wants_the_top_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="figures/data"):
         plots.main()
+
+
+@pytest.mark.parametrize("draw", plots.every_figure(), ids=lambda draw: draw.__name__)
+def test_nothing_is_cut_off(draw):
+    """Of the pictures in `figures`, as they are drawn: titles and labels end inside."""
+    plots.style()
+    picture = draw(DATA)
+    picture.canvas.draw()
+    drawn, (width, height) = picture.get_tightbbox(), picture.get_size_inches()
+    plt.close(picture)
+    assert min(drawn.x0, drawn.y0, width - drawn.x1, height - drawn.y1) > -0.01, (drawn, width, height)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from matplotlib.image import AxesImage
 from vwn_ref.experiments import paper, scaling
 from vwn_ref.experiments.compare import interval
 from vwn_ref.experiments.console import told
-from vwn_ref.experiments.finished import KeptRun, load_runs
+from vwn_ref.experiments.finished import KeptRun, NotRun, load_runs
 from vwn_ref.experiments.storage import write_whole
 from vwn_ref.experiments.sweep import STUDIES, kept_runs, read_sweep
 
@@ -238,7 +238,7 @@ def overview(data: Path) -> Figure:
         ax.plot(tokens, np.mean(curves, axis=0), color=COLOURS[colour], marker=MARKERS[colour], ms=4, label=label)
     ax.axhline(0, color=PLAIN, linewidth=1, label="plain Transformer, same seed")
     ax.set(xlabel="training tokens (millions)", ylabel="validation loss − plain (nats a token)")
-    ax.set_title("earlier runs, D = 32: three seeds, and their mean")
+    ax.set_title("trained at D = 32: three seeds, mean")
     ax.legend(fontsize=8)
     return fig
 
@@ -359,20 +359,25 @@ def r_sweep(data: Path) -> Figure:
     return fig
 
 
-def main() -> None:
-    """Redraw every figure of this repository; run from its top folder. One without runs yet is passed by."""
+def every_figure() -> tuple[Callable[[Path], Figure], ...]:
+    """What draws each picture in `figures`, from the folder of kept studies; its name is the file's."""
     # these stand on this module
     from vwn_ref.experiments.gpu_figures import gpu
-    from vwn_ref.experiments.paper_figures import FIGURES, NotRun
+    from vwn_ref.experiments.paper_figures import FIGURES
     from vwn_ref.experiments.parts_figures import by_backbone, differences, what_pays
     from vwn_ref.experiments.windows_figures import how_far_back
 
+    return (overview, r_sweep, *FIGURES, what_pays, differences, by_backbone, how_far_back, gpu)
+
+
+def main() -> None:
+    """Redraw every figure of this repository; run from its top folder. One without runs yet is passed by."""
     figures = Path("figures")
     if not (figures / "data").is_dir():
         sys.exit("error: no folder figures/data here: run this in the top folder of the repository")
     mpl.use("Agg")
     style()
-    for draw in (overview, r_sweep, *FIGURES, what_pays, differences, by_backbone, how_far_back, gpu):
+    for draw in every_figure():
         path = figures / f"{draw.__name__}.png"
         try:
             with told():
