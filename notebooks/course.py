@@ -5,6 +5,8 @@ Plotting is in `vwn_ref.experiments.plots`.
 
 from __future__ import annotations
 
+import copy
+import traceback
 from collections.abc import Callable
 
 import numpy as np
@@ -22,10 +24,10 @@ def check(student: Callable, reference: Callable, *cases: tuple, tolerance: floa
         want = reference(*copies(case))
         try:
             got = student(*copies(case))
-        except Exception as error:  # a student's function may fail in any way; say how
-            print(f"✗ case {number} of {len(cases)}: raised {type(error).__name__}: {error}")
+        except Exception as error:  # a student's function may fail in any way; say how and where
+            print(f"✗ case {number} of {len(cases)}: raised {type(error).__name__}: {error}{line_of(error, student)}")
             return
-        problem = difference(got, want, tolerance)
+        problem = "it returned None; is there a return statement?" if got is None else difference(got, want, tolerance)
         if problem:
             print(f"✗ case {number} of {len(cases)}: {problem}")
             return
@@ -33,33 +35,56 @@ def check(student: Callable, reference: Callable, *cases: tuple, tolerance: floa
 
 
 def copies(case: tuple) -> list:
-    """The arguments, tensors cloned, so that a function that writes into them spoils nothing."""
-    return [value.clone() if isinstance(value, torch.Tensor) else value for value in case]
+    """The arguments, copied, so that a function that writes into them spoils nothing."""
+    return [value.clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value) for value in case]
+
+
+def line_of(error: Exception, student: Callable) -> str:
+    """The line of the student's own cell in which it happened, in words."""
+    cell = getattr(getattr(student, "__code__", None), "co_filename", None)
+    lines = [frame.line for frame in traceback.extract_tb(error.__traceback__) if frame.filename == cell and frame.line]
+    return f" (in the line {lines[-1]!r})" if lines else ""
 
 
 def difference(got: object, want: object, tolerance: float) -> str | None:
     """What is wrong with `got`, in words, or None."""
-    if got is None:
-        return "it returned None; is there a return statement?"
     if isinstance(want, tuple):
-        if not isinstance(got, (tuple, list)) or len(got) != len(want):
-            return f"expected {len(want)} results, got {len(got) if isinstance(got, (tuple, list)) else 1}"
-        for index, pair in enumerate(zip(got, want, strict=True)):
+        several = isinstance(got, (tuple, list)) or (isinstance(got, (np.ndarray, torch.Tensor)) and got.ndim > 0)
+        if not several:
+            return f"expected {len(want)} results, a tuple, got one {type(got).__name__}"
+        if len(got) != len(want):
+            return f"expected {len(want)} results, got {len(got)}"
+        for number, pair in enumerate(zip(got, want, strict=True), start=1):
             if problem := difference(*pair, tolerance):
-                return f"result {index}: {problem}"
+                return f"result {number} of {len(want)}: {problem}"
         return None
     try:
-        got, want = (torch.as_tensor(value, dtype=torch.float64) for value in (got, want))
-    except (TypeError, ValueError, RuntimeError):
+        if isinstance(got, np.ndarray):  # PyTorch takes no negative strides
+            got = np.array(got, dtype=complex if np.iscomplexobj(got) else float)
+        found = torch.as_tensor(got)
+        if found.is_complex():
+            return "expected real numbers, got complex ones"
+        got, want = found.to(torch.float64), torch.as_tensor(want, dtype=torch.float64)
+        if got.shape != want.shape:
+            return f"shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+        apart = (got - want).abs()
+        off = ~(apart <= tolerance * max(1e-12, want.abs().max().item() if want.numel() else 0.0))
+    except Exception:  # whatever PyTorch raises for what is no ordinary tensor
         return f"expected a number or a tensor, got {type(got).__name__}"
-    if got.shape != want.shape:
-        return f"shape {tuple(got.shape)}, expected {tuple(want.shape)}"
-    off = ~((got - want).abs() <= tolerance * max(1e-12, want.abs().max().item() if want.numel() else 0.0))
     if not off.any():
         return None
-    where = tuple(off.nonzero()[0].tolist())
+    worst = int(apart.nan_to_num(torch.inf).argmax())
+    where = tuple(int(i) for i in np.unravel_index(worst, off.shape))
     place = f"entry {list(where)}" if where else "the value"
-    return f"{int(off.sum())} of {off.numel()} entries differ; {place} is {got[where]:.4g}, expected {want[where]:.4g}"
+    is_, expected = in_digits(got[where].item(), want[where].item())
+    return f"{int(off.sum())} of {off.numel()} entries differ; {place} is {is_}, expected {expected}"
+
+
+def in_digits(one: float, other: float) -> tuple[str, str]:
+    """Both in so many digits that they look different; whole numbers in full."""
+    if one.is_integer() and other.is_integer():
+        return f"{one:.0f}", f"{other:.0f}"
+    return next((a, b) for digits in range(4, 18) if (a := f"{one:.{digits}g}") != (b := f"{other:.{digits}g}"))
 
 
 class KernelTraffic:

@@ -4,6 +4,7 @@ import importlib.util
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -30,6 +31,16 @@ def double(x):
         ),
         (lambda x: x / 0 * 0, "✗ case 1 of 2: 3 of 3 entries differ; entry [0] is nan, expected 2"),
         (lambda x: x @ torch.ones(5), "✗ case 1 of 2: raised RuntimeError"),
+        (lambda x: (2 * x).numpy()[::-1], "✓ correct in all 2 cases"),  # strides that PyTorch does not take
+        (lambda x: (2 * x).numpy().astype(np.longdouble), "✓ correct in all 2 cases"),
+        (lambda x: 2 * x + 0j, "✗ case 1 of 2: expected real numbers, got complex ones"),
+        (lambda x: (2 * x).to_sparse(), "✗ case 1 of 2: expected a number or a tensor, got Tensor"),
+        (lambda x: 10**400, "✗ case 1 of 2: expected a number or a tensor, got int"),
+        (lambda x: 2.0001 * x, "✗ case 1 of 2: 3 of 3 entries differ; entry [0] is 2.0001, expected 2"),
+        (
+            lambda x: 2 * x + 0.1 * torch.arange(len(x)),
+            "✗ case 1 of 2: 2 of 3 entries differ; entry [2] is 2.2, expected 2",  # the farthest
+        ),
     ],
 )
 def test_check(student, said, capsys):
@@ -37,13 +48,53 @@ def test_check(student, said, capsys):
     assert capsys.readouterr().out.startswith(said)
 
 
+def test_digits_that_look_different():
+    assert course.in_digits(94212.0, 94208.0) == ("94212", "94208")
+    assert course.in_digits(6.6512345, 6.6512399) == ("6.65123", "6.65124")
+    assert course.in_digits(6.5, 6.25) == ("6.5", "6.25")
+
+
+def test_the_line_in_which_it_happened(capsys):
+    def student(x):
+        y = 2 * x
+        return y @ torch.ones(5)
+
+    course.check(student, double, (torch.ones(3),))
+    assert capsys.readouterr().out.rstrip().endswith("(in the line 'return y @ torch.ones(5)')")
+
+
+def test_nothing_is_spoiled(capsys):
+    """Arrays, lists and dictionaries are copied, too."""
+
+    def student(a, b, c):
+        a -= 1
+        b.pop()
+        c.clear()
+        return 0.0
+
+    case = (np.ones(3), [torch.ones(2), 1], {1: 2})
+    course.check(student, lambda a, b, c: 0.0, case)
+    assert case[0].tolist() == [1, 1, 1] and len(case[1]) == 2 and case[2] == {1: 2}
+
+
 def test_tuples(capsys):
     course.check(lambda x: (x, 2 * x), lambda x: (x, x), (torch.ones(2),))
     course.check(lambda x: x, lambda x: (x, x), (torch.ones(2),))
     course.check(lambda x: [x, x], lambda x: (x, x), (torch.ones(2),))
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("✗ case 1 of 1: result 1: 2 of 2 entries differ")
-    assert lines[1:] == ["✗ case 1 of 1: expected 2 results, got 1", "✓ correct in all 1 cases"]
+    course.check(lambda x: torch.stack([x, x]), lambda x: (x, x), (torch.ones(2),))
+    course.check(lambda x: (x, None), lambda x: (x, x), (torch.ones(2),))
+    course.check(lambda x: 3.0, lambda x: (x, x), (torch.ones(2),))
+    course.check(lambda x: (x, x, x), lambda x: (x, x), (torch.ones(2),))
+    lines = [line.removeprefix("✗ case 1 of 1: ") for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        "result 2 of 2: 2 of 2 entries differ; entry [0] is 2, expected 1",
+        "result 1 of 2: shape (), expected (2,)",
+        "✓ correct in all 1 cases",
+        "✓ correct in all 1 cases",
+        "result 2 of 2: expected a number or a tensor, got NoneType",
+        "expected 2 results, a tuple, got one float",
+        "expected 2 results, got 3",
+    ]
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are compiled here, not interpreted")
