@@ -61,6 +61,22 @@ def test_ngram_hash_depends_on_just_the_last_tokens(order):
         assert bool(same) == (back >= order), back
 
 
+def test_the_hash_is_what_it_always_was():
+    """Trained tables would be of no use with another one. In Python's integers, cut to 64 bits."""
+    multipliers = (0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9, 0x14D049BB133111EB)
+
+    def bucket(tokens, at, order, buckets):
+        there = [tokens[at - back] + 1 if at >= back else 0 for back in range(order)]
+        mixed = sum(token * multiplier for token, multiplier in zip(there, multipliers, strict=False)) % 2**64
+        mixed -= 2**64 * (mixed >= 2**63)  # int64
+        return (mixed ^ (mixed >> 29)) % buckets
+
+    tokens = [7, 0, 151_642, 3, 3]
+    for order in (1, 2, 3):
+        expected = [bucket(tokens, at, order, 10_007) for at in range(5)]
+        assert ngram_buckets(torch.tensor([tokens]), order, 10_007)[0].tolist() == expected
+
+
 def test_ngram_hash_spreads():
     pairs = torch.cartesian_prod(torch.arange(64), torch.arange(64))
     counts = torch.bincount(ngram_buckets(pairs, 2, 4096)[:, 1], minlength=4096).double()

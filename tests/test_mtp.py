@@ -17,6 +17,14 @@ def test_block_linear_by_loops(m, n):
     assert sum(p.numel() for p in mix.parameters()) == 2 * 3 * 3
 
 
+@pytest.mark.parametrize("dim, m", [(256, 1), (256, 4)])
+def test_initial_block_linear_keeps_the_size(dim, m):
+    """Of two inputs of variance 1: each output is a sum of 2 d_b terms."""
+    weight = BlockLinear(dim, m).linear.weight
+    assert weight.std().item() == pytest.approx((2 * dim // m) ** -0.5, rel=0.05)
+    assert weight.mean().abs() < 0.05 * weight.std()
+
+
 def test_block_linear_refuses(no_shape_checks):
     with pytest.raises(ValueError, match="m = 3: must divide dim = 8"):
         BlockLinear(8, 3)

@@ -87,6 +87,13 @@ def test_bad_arguments(kwargs, match, no_shape_checks):
         Reduce(**{"dim": 8, "m": 2, "n": 4, **kwargs})
 
 
+def test_a_norm_where_it_was_asked_for():
+    for n, norm in ((2, True), (4, True), (4, None)):
+        assert Reduce(8, 2, n, norm=norm).norm.num_groups == n // 2
+    for n, norm in ((4, False), (3, False), (3, None)):
+        assert Reduce(8, 2, n, norm=norm).norm is None
+
+
 def test_bad_state(no_shape_checks):
     for shape in product([(3,), ()], [(4, 5), (5, 4), (16,)]):
         with pytest.raises(ValueError, match=r"must be \[..., n, d_b\] = \[..., 4, 4\]"):
