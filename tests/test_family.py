@@ -346,3 +346,19 @@ def test_sinkhorn_of_large_logits():
     found = family.sinkhorn(logits, 500)
     assert found.isfinite().all() and error(found.sum(1), torch.ones(3)) < 1e-12
     assert error(found, family.sinkhorn(logits - torch.tensor([[1000.0], [1000.0], [0.0]]), 500)) < 1e-12
+
+
+def test_what_is_taken_where_nothing_is_said():
+    """The methods' own starts: dynamic, their scales 0.01, mHC's 20 rounds; and any leading axes for H′⁰."""
+    for ghc in (family.hyper_connections(D, 3), family.frac_connections(D, 2)):
+        assert isinstance(ghc, DynamicGHC) and ghc.S_alpha.unique().tolist() == [pytest.approx(0.01)]
+        assert ghc.S_beta.max().item() == pytest.approx(0.01)
+    assert family.hyper_connections(D, 3).A[:, 0].tolist() == [1, 0, 0]
+    logits = randn(3, 3)
+    assert torch.equal(family.sinkhorn(logits), family.sinkhorn(logits, 20))
+    ghcs = [family.manifold_constrained(D, randn(3), randn(3), logits, **given) for given in ({}, {"iterations": 20})]
+    assert torch.equal(ghcs[0].A[:, 1:], ghcs[1].A[:, 1:])
+    for lead in ((), (5,), (2, 5)):
+        h = randn(*lead, D)
+        H = family.first_slot(h, 3)
+        assert H.shape == (*lead, 3, D) and torch.equal(H[..., 0, :], h) and not H[..., 1:, :].any()

@@ -88,6 +88,7 @@ ANSWERS = {
             ("the wide table: r − r, low-rank table", {f"r = {r}": minus(f"r{r}", f"r{r}-lowrank") for r in rs}),
         )
     },
+    ("b_d32", "D = 32: plain at twice its learning rate − plain"): {"": minus("plain-lr0.02", "plain")},
     ("b_d64", "D = 64: plain at half its learning rate − plain"): {"": minus("plain-lr0.005", "plain")},
     ("b_d64", "D = 64: r − plain at half its learning rate"): widths("plain-lr0.005"),
     ("c_m", "m = 8 − m = 4"): {f"r = {r}": minus(f"r{r}-m8", f"r{r}") for r in (2, 4, 8)},
