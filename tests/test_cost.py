@@ -308,6 +308,13 @@ def test_refused(call, message, no_shape_checks):
     assert message in str(raised.value)
 
 
+def test_dynamic_where_nothing_is_said():
+    """As `VWNConfig` and the classes have it."""
+    assert cost.ghc_parameters(8, 2, 3) == cost.ghc_parameters(8, 2, 3, dynamic=True)
+    assert sum(cost.ghc_parameters(8, 2, 3).values()) == sum(p.numel() for p in DynamicGHC(8, 2, 3).parameters())
+    assert cost.ghc_flops(8, 2, 3)["norm"].total > 0 == cost.ghc_flops(8, 2, 3, dynamic=False)["norm"].total
+
+
 def test_sum_of_flops():
     parts = [cost.Flops(1, 2), cost.Flops(3, 4)]
     assert sum(parts, cost.Flops()) == parts[0] + parts[1] == cost.add(*parts) == cost.Flops(4, 6)

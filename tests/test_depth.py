@@ -47,6 +47,19 @@ def random_matrices(m, n, layers, lead=()):
 # ------------------------------------------------------------------------------------------ Eq. (17)
 
 
+def test_as_many_connections_as_layers():
+    connections, layers, H = stack(GHC, 2, 3)
+    with pytest.raises(ValueError, match="shorter"):
+        depth.trace(connections, layers[:-1], H)
+
+
+def test_maps_of_one_layer():
+    As, Bs = random_matrices(2, 3, 1)
+    maps = depth.depth_maps(As, Bs)
+    assert torch.equal(maps.embedding[0], As[0][:, :2].mT) and not maps.layers.any()
+    assert maps.layers.shape == (1, 1, 2, 2)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("cls", [GHC, DynamicGHC])
 @pytest.mark.parametrize(("m", "n"), SIZES)
