@@ -308,6 +308,13 @@ def test_refused(call, message, no_shape_checks):
     assert message in str(raised.value)
 
 
+def test_what_has_no_additions_counts_none():
+    """No n-gram rows to add; no GroupNorm where r = 3/2."""
+    without = cost.model_flops(VWNConfig(vocab_size=61, dim=32, n_heads=4, m=2, n=3), 8)
+    assert without["embedding"] == cost.Flops() and without["reduce"] == cost.Flops(2 * 32 * 48, 0)
+    assert cost.model_flops(VWNConfig(vocab_size=61, dim=32, n_heads=4), 8)["reduce"] == cost.Flops()
+
+
 def test_dynamic_where_nothing_is_said():
     """As `VWNConfig` and the classes have it."""
     assert cost.ghc_parameters(8, 2, 3) == cost.ghc_parameters(8, 2, 3, dynamic=True)

@@ -53,6 +53,16 @@ def test_as_many_connections_as_layers():
         depth.trace(connections, layers[:-1], H)
 
 
+@torch.no_grad()
+def test_a_plain_model_is_recorded_as_the_ghc_it_is():
+    model = VWNTransformer(VWNConfig(vocab_size=9, dim=8, n_layers=1, n_heads=2))
+    recording = depth.record(model, torch.randint(9, (2, 3)))
+    assert [(A.shape, B.shape) for A, B in zip(recording.A, recording.B, strict=True)] == [
+        ((2, 3, 1, 2), (2, 3, 1, 1))
+    ] * 2
+    assert all(M.eq(1).all() for M in (*recording.A, *recording.B))
+
+
 def test_maps_of_one_layer():
     As, Bs = random_matrices(2, 3, 1)
     maps = depth.depth_maps(As, Bs)
