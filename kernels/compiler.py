@@ -130,7 +130,6 @@ def _compile(m: int, n: int, d: int, scalar: str) -> Path:
     for kept in folder.glob(f"{name}_*.so"):
         if kept.stem == f"{name}_{_content_digest(kept)}":
             return kept
-        kept.unlink(missing_ok=True)
     handle, temporary = tempfile.mkstemp(dir=folder, prefix=".building_", suffix=".so")
     os.close(handle)
     try:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vwn_ref import BlockLinear, VWNConfig, VWNTransformer
+from vwn_ref import BlockLinear, MTPHead, VWNConfig, VWNTransformer
 
 
 @pytest.mark.parametrize("m, n", [(1, 1), (1, 4), (2, 3), (4, 8), (5, 7)])
@@ -30,6 +30,11 @@ def test_block_linear_refuses(no_shape_checks):
         BlockLinear(8, 3)
     with pytest.raises(ValueError, match=r"\(5, 3, 4\) and \(5, 2, 4\)"):
         BlockLinear(8, 2)(torch.zeros(5, 3, 4), torch.zeros(5, 2, 4))
+
+
+def test_a_head_needs_layers():
+    with pytest.raises(ValueError, match="mtp_layers = 0: must be an integer ≥ 1"):
+        MTPHead(VWNConfig(vocab_size=40, dim=16, n_heads=2))
 
 
 def build(m, n, **kwargs):

@@ -83,8 +83,8 @@ class MoE(nn.Module):
         top, chosen = scores.topk(self.top_k, dim=-1)  # [tokens, k]
         weight = top.softmax(dim=-1).to(x.dtype)
         hits = torch.zeros_like(scores).scatter(1, chosen, 1.0)  # [tokens, E], 0 or 1
-        share = hits.sum(dim=0) / torch.sym_max(chosen.numel(), 1)  # `max` would fix the number of tokens in an export
-        P = scores.softmax(dim=-1).sum(dim=0) / torch.sym_max(flat.shape[0], 1)
+        share = hits.sum(dim=0) / max(chosen.numel(), 1)
+        P = scores.softmax(dim=-1).sum(dim=0) / max(flat.shape[0], 1)  # `len` would fix it in an export
         self.balance_loss = self.n_experts * (share * P).sum()
         y = torch.zeros_like(flat)
         # compiled, under vmap and on the meta device no shape may depend on the data: every expert sees every token

@@ -102,7 +102,7 @@ class VWNTransformer(nn.Module):
                 f"tokens have shape {tuple(tokens.shape)}: must be [b, t] with b ≥ 1 and {shortest} ≤ t ≤ {longest}, "
                 "the last token is only a target"
             )
-        self.embedding.check_tokens(tokens)  # the last column, too: -100 would be a mask, which there is not
+        self.embedding.check_tokens(tokens[:, -1:])  # these are not embedded; -100 would be a mask, which there is not
         E = self._embedded(tokens[:, :-1])
         if self.mtp is None:
             h = through(E, self.connections, self.sublayers, self.reduce)

@@ -50,14 +50,14 @@ def test_the_fastest_quarter(clock):
 def test_the_file(clock, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench_cpu.time, "perf_counter", clock)
     monkeypatch.setattr(bench_cpu, "cpu_backend", lambda: "torch")
-    path = tmp_path / "bench.json"
+    path = tmp_path / "new" / "bench.json"
     found = bench_cpu.main(["--threads", "1", "--rounds", "2", "--shapes", "2,3", "--json", str(path)])
     kept = json.loads(path.read_text())
     assert kept["results"] == found and kept["clock"] == "wall" and len(found) == 1
     assert kept["command"].endswith("bench_cpu --threads 1 --rounds 2 --shapes 2,3 --json " + str(path))
     assert kept["rounds"] == 2 and kept["model"]["dim"] == bench_cpu.DIM and {"commit", "processor"} <= kept.keys()
     assert (found[0]["m"], found[0]["n"], found[0]["threads"]) == (2, 3, 1)
-    assert "3.00" in capsys.readouterr().out and [one.name for one in tmp_path.iterdir()] == ["bench.json"]
+    assert "3.00" in capsys.readouterr().out and [one.name for one in path.parent.iterdir()] == ["bench.json"]
 
 
 def test_a_state_too_wide_for_the_kernels(capsys):

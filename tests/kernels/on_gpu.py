@@ -144,7 +144,7 @@ def earlier(file: Path, facts: dict) -> dict[str, dict]:
 
 def git_commit() -> str | None:
     """Of what is checked out, with "-dirty" where it has been changed; None outside a repository. (As in
-    `vwn_ref.experiments.train`, which needs packages that may not be there.)"""
+    `vwn_ref.experiments.provenance`, which is not found where vwn_ref is not installed.)"""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
