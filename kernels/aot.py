@@ -72,10 +72,11 @@ NO_SPILLS = "sm_90"  # the target that tile sizes are chosen for
 # and the fastest spill some. No more than they do now
 SPILLED_BY_CHOICE = {
     "many_": {
-        "width": 32, "depth": 24, "step": 64, "width_backward": 8, "depth_backward": 32, "step_backward": 216
+        "width": 32, "depth": 24, "step": 80, "width_backward": 8, "depth_backward": 32, "step_backward": 216
     },
-    "few_": {"width_backward": 8},
+    "few_": {"width_backward": 8, "depth_backward": 24},
 }  # fmt: skip
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")  # of `launch.sizes`, not the kernel's own
 # Pointers to states and to what is as wide as a state; the others are float32.
 STATES = {"H", "X", "Z", "OUT", "Y", "G", "G_H", "G_Z", "G_X", "G_Y", "G_OUT", "G_add", "between"}
 # Arguments that are numbers; the rest are pointers, aligned as an allocator aligns them.
@@ -195,7 +196,7 @@ def build(job: Job) -> Build:
         constants |= {"DYNAMIC": job.dynamic, "NORM": job.norm, "ADD": True}
     if gpu.backend == "hip":
         constants["PREC"] = "ieee"
-    options = {k: constants.pop(k) for k in ("num_warps", "num_stages", "maxnreg") if k in constants}
+    options = {k: constants.pop(k) for k in OPTIONS if k in constants}
     constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
     states = STATES | ({"E", "next_E", "E_read", "E_write"} if launch.e_dtype(job.m, job.n, dtype) == dtype else set())
     if (launch.family("step", job.m, job.n, d, dtype) if job.kernel == "projections" else family) == "many_":

@@ -71,22 +71,35 @@ def family(kernel: str, m: int, n: int, d: int, dtype: torch.dtype) -> str:
     return prefix if prefix + kernel in KERNELS else ""
 
 
-def many_tile(n: int, d: int, target: str) -> Tile:
+def many_tile(kernel: str, n: int, d: int, target: str) -> Tile:
     """For many.py: tokens of a tile, columns of d_b, and a warp for each 16 rows, as tensor cores take them. Nothing is
     loaded ahead. By time on an H200 (NOTES.md) 128 columns are the better choice more often than not, even where some
-    registers spill. Where nothing was timed, on other targets and up to 4 slots, fewer: there 128 spill far more."""
+    registers spill. Where nothing was timed, on other targets and most kernels of up to 4 slots, fewer: there 128 spill
+    far more."""
     per = 16 // max(2, next_power_of_2(n)) if n <= 8 else 1
-    most = 32 if n <= 2 else 64 if not is_many(n) or target != TUNED else 128
+    wide = target == TUNED and (is_many(n) or (n > 2 and kernel == "many_step_kernel"))
+    most = 32 if n <= 2 else 128 if wide else 64
     columns = 32 if INTERPRETED else most
     return Tile(per, max(16, min(columns, next_power_of_2(d))), max(1, next_power_of_2(n) // 16), 1)
 
 
 def many_registers(kernel: str, n: int, target: str) -> int:
     """How many a thread may have there: fewer let more programs on a multiprocessor. 0 for no limit but the
-    hardware's: with one, step_backward was slower."""
+    hardware's: with one, step_backward was slower. A step of 5 to 8 slots was 6 to 12 % faster with 128 than with 168,
+    one of 64 slots 5 % slower or faster."""
     if INTERPRETED or target != TUNED or kernel.endswith("backward_kernel"):
         return 0
-    return 128 if 8 < n <= 16 else 168
+    return 128 if 8 < n <= 16 or (4 < n <= 8 and kernel == "many_step_kernel") else 168
+
+
+def few_registers(kernel: str, m: int, n: int, warps: int, bits: int, target: str) -> int:
+    """The same for few.py, where several warps have a token of bfloat16: a step forward was 10 % faster with 128 at
+    D = 2048 and 4096, depth_backward 9 % with 168 at D = 4096."""
+    if INTERPRETED or target != TUNED or bits != 16 or n > 3 or m + n > 5:
+        return 0
+    if kernel == "few_step_kernel" and warps >= 2:
+        return 128
+    return 168 if kernel == "few_depth_backward_kernel" and warps >= 4 else 0
 
 
 def tile(kernel: str, m: int, n: int, d: int, bits: int) -> Tile:
@@ -173,12 +186,15 @@ def sizes(kernel: str, m: int, n: int, d: int, dtype: torch.dtype, target: str =
     if kernel.startswith("few_"):
         backward = kernel.endswith("backward_kernel")
         warps = whole_rows(m, n, d, 8 * dtype.itemsize, backward)
-        # by time on an H200: `depth_backward` gains up to 28 %, a step of four warps loses 2 %
-        ahead = AHEAD and dtype.itemsize == 2 and ("step" not in kernel or warps <= 2)
+        registers = few_registers(kernel, m, n, warps, 8 * dtype.itemsize, target)
+        # by time on an H200: `depth_backward` gains up to 28 %, but not with fewer registers; a step of four warps
+        # loses 2 %
+        ahead = AHEAD and dtype.itemsize == 2 and ("step" not in kernel or warps <= 2) and not registers
         found = {"M": m, "N": n, "D": d, "BD": max(32, next_power_of_2(d)), "num_warps": warps}
+        found |= {"maxnreg": registers} if registers else {}
         return found | ({"AHEAD": ahead} if backward else {})
     if kernel.startswith("many_"):
-        PER, BD, num_warps, num_stages = many_tile(n, d, target)
+        PER, BD, num_warps, num_stages = many_tile(kernel, n, d, target)
         reads = "width" in kernel or "step" in kernel
         exact = {"PREC": precision(torch.float32)} if reads else {}  # of the product with H′ H′ᵀ, which has to be
         exact |= {"GRAM": n <= 32} if reads and not kernel.endswith("backward_kernel") else {}
@@ -191,7 +207,8 @@ def sizes(kernel: str, m: int, n: int, d: int, dtype: torch.dtype, target: str =
     BT, BD, num_warps, num_stages = tile(kernel, m, n, d, 8 * dtype.itemsize)
     many, MP, NP = is_many(n), next_power_of_2(m), next_power_of_2(n)
     least = (8 if BT > 1 else LEAST_SUM) if many else 1  # what a sum on the tensor cores is padded to
-    return {
+    fusion = {} if many else {"enable_fp_fusion": False}  # see `projections_gradient_sizes`
+    return fusion | {
         "M": m, "N": n, "D": d, "BT": BT, "BD": BD, "MANY": many, "PREC": precision(dtype), "num_warps": num_warps,
         "num_stages": num_stages,
         "MP": max(least, MP), "NP": max(least, NP),
@@ -288,10 +305,15 @@ def norm_gradient_sizes(kernel: str, m: int, n: int, d: int, dtype: torch.dtype)
 
 
 def projections_gradient_sizes(m: int, n: int) -> dict:
-    """Tiles of some four thousand numbers, and not too few programs, so that none takes many turns."""
+    """Tiles of some four thousand numbers, and not too few programs, so that none takes many turns.
+
+    Threads that add up a row each hold a copy of the sum. Where each has one product of it, the compiler would make
+    that product and the first addition one operation, rounded once, where the neighbour's product is rounded by itself:
+    then the copies differ in their last bit, and which of them is stored is the hardware's choice. Hence no such
+    operations here, nor in walks for few slots."""
     KP = next_power_of_2(n + 2 * m)
     BD = 1 if KP > 32 else 32 // KP * 4
-    return {"KP": KP, "BD": BD, "BS": max(1, 4096 // (KP * BD))}
+    return {"KP": KP, "BD": BD, "BS": max(1, 4096 // (KP * BD)), "enable_fp_fusion": False}
 
 
 PROJECTIONS = {"BD": 128, "num_warps": 4}  # of `projections_kernel`: columns of d_b that a program takes
@@ -324,8 +346,9 @@ class Launch:
     def programs(self, name: str) -> int:
         """How many programs share the tokens (those of a group, where a program has one), and leave a partial sum each,
         in a backward pass; no more than tokens. (One that gets none leaves zeros.) Eight warps are all that fit a
-        multiprocessor with 255 registers a thread; those of last.py take half of that."""
-        return self._share(name, 16 if name == "group_norm_backward" else 8)
+        multiprocessor with 255 registers a thread, twelve with 168; those of last.py take half of 255."""
+        most = self.sizes(name).get("maxnreg", 128 if name == "group_norm_backward" else 255)
+        return self._share(name, 2048 // most)
 
     def _share(self, name: str, warps: int) -> int:
         """So many that a multiprocessor has that many warps, those of all groups together; one of each at least."""

@@ -108,8 +108,8 @@ def test_instructions_by_hand():
         ({"spilled": 16, "m": 2, "n": 3, "kernel": "width_backward"}, "spilled = 16: must be ≤ 8 on sm_90"),
         ({"spilled": 8, "kernel": "weights"}, "spilled = 8: must be 0 on sm_90"),
         ({"spilled": 8, "dtype": "fp32"}, "spilled = 8: must be 0 on sm_90"),
-        ({"spilled": 64}, ""),  # by tiles of bfloat16, which were chosen by time
-        ({"spilled": 72}, "spilled = 72: must be ≤ 64 on sm_90"),
+        ({"spilled": 80}, ""),  # by tiles of bfloat16, which were chosen by time
+        ({"spilled": 88}, "spilled = 88: must be ≤ 80 on sm_90"),
         ({"spilled": 216, "kernel": "step_backward"}, ""),
         ({"spilled": 224, "kernel": "step_backward"}, "spilled = 224: must be ≤ 216 on sm_90"),
         ({"spilled": 8, "m": 2, "n": 3, "shared": 0, "target": "sm_80"}, ""),
@@ -144,9 +144,30 @@ def test_the_kept_table_of_an_older_triton():
         assert not fault, aot.line(row)
         many = row["n"] > 4 and row["dtype"] == "bf16"  # as they were timed, with this Triton
         timed = {"width": 8, "depth": 128, "step": 128, "depth_backward": 104, "step_backward": 400}
-        most = timed.get(row["kernel"], 0) if many else 0
+        most = timed.get(row["kernel"], 0) if many else 32 if row["kernel"] == "step" and row["n"] < 4 else 0
         small = row["kernel"].endswith("backward") and row["spilled"] <= {"bf16": 80, "fp32": 240}[row["dtype"]]
         assert row["spilled"] <= most or small, aot.line(row)
+
+
+def test_all_copies_of_a_sum_are_the_same_bits(tmp_path):
+    """A product and the addition of a neighbour's are no one operation, see `launch.projections_gradient_sizes`."""
+    code = """
+        from unittest import mock
+        import triton
+        from vwn_ref.kernels import aot, launch
+        walks = aot.Job("width_backward", 2, 4, 1024, "fp32", "sm_90")
+        for job in (aot.Job("projections_gradient", 2, 3, 1024, "bf16", "sm_90"), walks):
+            long = mock.patch.object(launch, "whole_rows", lambda *_, **__: 0)
+            with long:
+                source, gpu, options, _ = aot.build(job)
+            for fusion in (options, options | {"enable_fp_fusion": True}):
+                cubin = triton.compile(source, target=gpu, options=fusion).asm["cubin"]
+                print(source.fn.fn.__name__, "FFMA" in aot.cuobjdump(cubin, "-sass"))
+    """
+    done = python(tmp_path, "-c", textwrap.dedent(code))
+    assert done.returncode == 0, done.stderr
+    names = ("projections_gradient_kernel", "width_backward_kernel")
+    assert done.stdout.splitlines() == [f"{name} {fused}" for name in names for fused in (False, True)]
 
 
 @pytest.mark.skipif(not aot.launch.INTERPRETED, reason="nothing is interpreted here")

@@ -214,7 +214,7 @@ outputs_full_of_nan = values.outputs_full_of_nan  # what lies in memory before i
 def small_tiles(monkeypatch):
     """Several blocks a program (two share them) and several chunks: what is added up, is added up more than once."""
     monkeypatch.setattr(launch, "tile", lambda *_: launch.Tile(2, 16, 1))
-    monkeypatch.setattr(launch, "many_tile", lambda n, d, target: launch.Tile(2 if n <= 8 else 1, 16, 1))
+    monkeypatch.setattr(launch, "many_tile", lambda kernel, n, d, target: launch.Tile(2 if n <= 8 else 1, 16, 1))
     monkeypatch.setattr(launch, "stretch", lambda *_: launch.Stretch(8, 16, 1, 1, 1))  # 2½ stretches, or more
     for name in SUMS[1:]:
         monkeypatch.setattr(launch, name, smaller(getattr(launch, name), BE=8, BC=8, BP=1, BS=1))

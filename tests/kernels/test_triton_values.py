@@ -120,15 +120,20 @@ def two_sublayers(ops, m, n, d, lead, dtype, *, static=False, groups=True) -> di
     return {k: t.detach() for k, t in outputs.items()} | {f"g_{k}": g for k, g in zip(inputs, gradients, strict=True)}
 
 
+def relative_error(name, found, exact, tokens):
+    """Root mean square. A gradient that sums over tokens has at least the square root of their number."""
+    rows = name in ("x0", "x1", "out", "g_H", "g_z0", "g_z1")
+    scale = exact.square().mean().sqrt().clamp_min(1e-30 if rows else max(tokens, 1) ** 0.5)
+    return ((found.double() - exact).square().mean().sqrt() / scale).item()
+
+
 def assert_close(found, wanted, tolerance):
-    """As `helpers.assert_close`; a gradient that sums over tokens has at least the square root of their number."""
+    """As `helpers.assert_close`."""
     tokens = wanted["x0"][..., 0].numel()
     for name, exact in wanted.items():
         assert found[name].shape == exact.shape, name
         if exact.numel():
-            rows = name in ("x0", "x1", "out", "g_H", "g_z0", "g_z1")
-            scale = exact.square().mean().sqrt().clamp_min(1e-30 if rows else max(tokens, 1) ** 0.5)
-            error = ((found[name].double() - exact).square().mean().sqrt() / scale).item()
+            error = relative_error(name, found[name], exact, tokens)
             assert error < tolerance, f"{name}: relative error {error:.2e}, at most {tolerance:.0e} allowed"
 
 
@@ -217,15 +222,51 @@ def test_what_was_timed_is_of_one_target(monkeypatch):
         found = launching.sizes(f"many_{kernel}_kernel", 4, n, 256, torch.bfloat16, target)
         return found["BD"], found["num_stages"], found.get("maxnreg")
 
-    assert [asked("step", n, "sm_90") for n in (8, 16, 64)] == [(128, 1, 168), (128, 1, 128), (128, 1, 168)]
+    assert [asked("step", n, "sm_90") for n in (8, 16, 64)] == [(128, 1, 128), (128, 1, 128), (128, 1, 168)]
+    assert [asked("depth", n, "sm_90") for n in (8, 16, 64)] == [(128, 1, 168), (128, 1, 128), (128, 1, 168)]
     assert [asked("step_backward", n, "sm_90") for n in (8, 16, 64)] == [(128, 1, None)] * 3
     for target in ("sm_80", "sm_100", "hip", "gfx942"):
         assert asked("step", 64, target) == asked("step_backward", 64, target) == (64, 1, None)
-    assert [asked("step", n, "sm_90")[0] for n in (1, 2, 3, 4)] == [32, 32, 64, 64]  # nothing was timed
+    assert [asked("step", n, "sm_90")[0] for n in (1, 2, 3, 4)] == [32, 32, 128, 128]
+    for kernel, target in (("step", "sm_80"), ("step_backward", "sm_90"), ("width", "sm_90")):  # nothing was faster
+        assert [asked(kernel, n, target)[0] for n in (1, 2, 3, 4)] == [32, 32, 64, 64]
     assert launching.target_of(torch.device("cpu")) == "sm_90"
     targets = ("sm_90", "sm_80", "hip", "gfx942")
     stages = [launching.weight_sizes(8, 64, 128, 8, 72, torch.bfloat16, target)["num_stages"] for target in targets]
     assert stages == [4, 4, 2, 2]
+
+
+@pytest.mark.parametrize(
+    "kernel, n, d, dtype, target, registers",
+    [
+        ("step", 3, 512, torch.bfloat16, "sm_90", None), ("step", 3, 1024, torch.bfloat16, "sm_90", 128),
+        ("step", 3, 2048, torch.float32, "sm_90", None), ("step", 3, 2048, torch.bfloat16, "sm_80", None),
+        ("step", 4, 1024, torch.bfloat16, "sm_90", None), ("step_backward", 3, 2048, torch.bfloat16, "sm_90", None),
+        ("depth_backward", 3, 1024, torch.bfloat16, "sm_90", None), ("depth", 3, 2048, torch.bfloat16, "sm_90", None),
+        ("depth_backward", 3, 2048, torch.bfloat16, "sm_90", 168), ("width", 3, 2048, torch.bfloat16, "sm_90", None),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_registers_of_few_slots(monkeypatch, kernel, n, d, dtype, target, registers):
+    """A limit where one was faster; and as many programs as it lets on a multiprocessor."""
+    monkeypatch.setattr(launching, "INTERPRETED", False)
+    monkeypatch.setattr(launching, "AHEAD", True)
+    found = launching.sizes(f"few_{kernel}_kernel", 2, n, d, dtype, target)
+    assert found.get("maxnreg") == registers
+    assert not (registers and found.get("AHEAD"))
+
+
+def test_as_many_programs_as_registers_allow(monkeypatch):
+    asked = []
+    monkeypatch.setattr(launching, "INTERPRETED", False)
+    monkeypatch.setattr(launching, "programs", lambda device, each: asked.append(each) or each)
+    for kernel, n, d in (
+        ("depth_backward", 3, 2048), ("depth_backward", 3, 512), ("step_backward", 3, 512), ("step_backward", 64, 128),
+        ("group_norm_backward", 4, 512),
+    ):  # fmt: skip
+        launch = launching.Launch(torch.empty(100, n, d, dtype=torch.bfloat16), 2, True)
+        launch.programs(kernel)
+    assert asked == [12 // 4, 8, 8, 8 // 4, 16 // 2 // 2]  # the last: two warps, and two groups
 
 
 @pytest.mark.parametrize(
