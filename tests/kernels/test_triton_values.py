@@ -270,6 +270,31 @@ def test_as_many_programs_as_registers_allow(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "n, d, dtype, each",
+    [(3, 512, torch.bfloat16, 64), (3, 2048, torch.bfloat16, 64), (4, 2048, torch.bfloat16, 8),
+     (64, 128, torch.bfloat16, 16)],
+    ids=str,
+)  # fmt: skip
+def test_how_many_programs_a_step_has(monkeypatch, n, d, dtype, each):
+    """Forward 64 warps a multiprocessor; up to 3 slots 64 programs."""
+    monkeypatch.setattr(launching, "INTERPRETED", False)
+    monkeypatch.setattr(launching, "programs", lambda device, each: each)
+    launch = launching.Launch(torch.empty(100, n, d, dtype=dtype), 1, True)
+    grids = []
+
+    class Kernel:
+        __name__ = launch.kernel("step").__name__
+
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *_, **__: None
+
+    monkeypatch.setattr(launch, "kernel", lambda name: Kernel())
+    launch.start("step", torch.empty(0))
+    assert grids == [(each,)]
+
+
+@pytest.mark.parametrize(
     "kernel, d, dtype, ahead",
     [
         ("step_backward", 1024, torch.bfloat16, True), ("step_backward", 2048, torch.bfloat16, False),
