@@ -134,6 +134,7 @@ def everything() -> list[Job]:
         *matrix(shapes=((1, 4),), widths=(1024,), dtypes=("bf16",), targets=("sm_90",)),
         *matrix(shapes=((1, 4),), widths=(4096,), dtypes=("bf16",)),  # rows too long for the registers
         *matrix(shapes=((1, 2),), widths=(8192,), dtypes=("bf16",), targets=("sm_90",)),
+        *matrix(shapes=((2, 4),), widths=(9216,), dtypes=("fp32",), targets=("sm_90",)),  # walks
         *matrix(**some, dtypes=("bf16",), dynamic=False),
         *matrix(**some, dtypes=("bf16",), norm=False, kernels=("width", "width_backward", "step", "step_backward")),
         *matrix(**some, dtypes=("fp16",)),

@@ -74,8 +74,8 @@ def family(kernel: str, m: int, n: int, d: int, dtype: torch.dtype) -> str:
 def many_tile(kernel: str, n: int, d: int, target: str) -> Tile:
     """For many.py: tokens of a tile, columns of d_b, and a warp for each 16 rows, as tensor cores take them. Nothing is
     loaded ahead. By time on an H200 (NOTES.md) 128 columns are the better choice more often than not, even where some
-    registers spill. Where nothing was timed, on other targets and most kernels of up to 4 slots, fewer: there 128 spill
-    far more."""
+    registers spill. Fewer where nothing was timed, on other targets and in some kernels of up to 4 slots, where 128
+    spill far more, and in step_backward of up to 4 slots, which was slower."""
     per = 16 // max(2, next_power_of_2(n)) if n <= 8 else 1
     wide = target == TUNED and (is_many(n) or (n > 2 and kernel == "many_step_kernel"))
     most = 32 if n <= 2 else 128 if wide else 64
@@ -86,20 +86,23 @@ def many_tile(kernel: str, n: int, d: int, target: str) -> Tile:
 def many_registers(kernel: str, n: int, target: str) -> int:
     """How many a thread may have there: fewer let more programs on a multiprocessor. 0 for no limit but the
     hardware's: with one, step_backward was slower. A step of 5 to 8 slots was 6 to 12 % faster with 128 than with 168,
-    one of 64 slots 5 % slower or faster."""
+    one of 64 slots 5 % slower at D = 1024 and 5 % faster at 4096."""
     if INTERPRETED or target != TUNED or kernel.endswith("backward_kernel"):
         return 0
     return 128 if 8 < n <= 16 or (4 < n <= 8 and kernel == "many_step_kernel") else 168
 
 
 def few_registers(kernel: str, m: int, n: int, warps: int, bits: int, target: str) -> int:
-    """The same for few.py, where several warps have a token of bfloat16: a step forward was 8 to 9 % faster with 128
-    at D = 2048 and 4096, depth_backward 9 % with 168 at D = 4096."""
-    if INTERPRETED or target != TUNED or bits != 16 or n > 3 or m + n > 5:
+    """The same for few.py and 16-bit states, where several warps have a token: a step forward at (2, 3) was 8 to 9 %
+    faster with 128 at D = 2048 and 4096, depth_backward 9 % with 168 at D = 4096. At (1, 4), D = 1024, backward kernels
+    have no more than 168 by themselves: to say so lets twelve warps share the tokens, and step_backward was 13 % faster
+    with them."""
+    if INTERPRETED or target != TUNED or bits != 16 or m + n > 5:
         return 0
-    if kernel == "few_step_kernel" and warps >= 2:
+    if kernel == "few_step_kernel" and n <= 3 and warps >= 2:
         return 128
-    return 168 if kernel == "few_depth_backward_kernel" and warps >= 4 else 0
+    fits = kernel == "few_depth_backward_kernel" or (kernel == "few_step_backward_kernel" and n == 4)
+    return 168 if fits and warps == 4 else 0
 
 
 def tile(kernel: str, m: int, n: int, d: int, bits: int) -> Tile:

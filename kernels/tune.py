@@ -5,8 +5,9 @@
 times every combination; the first line of each width is launch.py's own choice. --set takes those of BD, BT,
 num_warps, num_stages, AHEAD and GRAM that `launch.sizes` gives for the kernel, but no BD that is a whole row (of
 few.py, and `group_norm`), and maxnreg (registers of a thread at most, 0 for no limit); of `weights` BR, BD, num_warps,
-num_stages and each, see `launch.Stretch`. --programs: on a multiprocessor (of `group_norm` for each group; the forward
-walks have as many as there are blocks of tokens).
+num_stages and each, see `launch.Stretch`. --programs: on a multiprocessor, of however many warps (of `group_norm` for
+each group; the forward walks have as many as there are blocks of tokens). Without it a backward kernel with maxnreg has
+as many as that many registers allow.
 
 A time is the median by PyTorch's profiler over a few runs of the operation that launches the kernel, forward and
 backward, inputs drawn anew and L2 read full of something else before each. --dry-run calls every combination once,

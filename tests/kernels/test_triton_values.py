@@ -228,7 +228,7 @@ def test_what_was_timed_is_of_one_target(monkeypatch):
     for target in ("sm_80", "sm_100", "hip", "gfx942"):
         assert asked("step", 64, target) == asked("step_backward", 64, target) == (64, 1, None)
     assert [asked("step", n, "sm_90")[0] for n in (1, 2, 3, 4)] == [32, 32, 128, 128]
-    for kernel, target in (("step", "sm_80"), ("step_backward", "sm_90"), ("width", "sm_90")):  # nothing was faster
+    for kernel, target in (("step", "sm_80"), ("step_backward", "sm_90"), ("width", "sm_90")):
         assert [asked(kernel, n, target)[0] for n in (1, 2, 3, 4)] == [32, 32, 64, 64]
     assert launching.target_of(torch.device("cpu")) == "sm_90"
     targets = ("sm_90", "sm_80", "hip", "gfx942")
@@ -237,21 +237,27 @@ def test_what_was_timed_is_of_one_target(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "kernel, n, d, dtype, target, registers",
+    "kernel, m, n, d, dtype, target, registers",
     [
-        ("step", 3, 512, torch.bfloat16, "sm_90", None), ("step", 3, 1024, torch.bfloat16, "sm_90", 128),
-        ("step", 3, 2048, torch.float32, "sm_90", None), ("step", 3, 2048, torch.bfloat16, "sm_80", None),
-        ("step", 4, 1024, torch.bfloat16, "sm_90", None), ("step_backward", 3, 2048, torch.bfloat16, "sm_90", None),
-        ("depth_backward", 3, 1024, torch.bfloat16, "sm_90", None), ("depth", 3, 2048, torch.bfloat16, "sm_90", None),
-        ("depth_backward", 3, 2048, torch.bfloat16, "sm_90", 168), ("width", 3, 2048, torch.bfloat16, "sm_90", None),
+        ("step", 2, 3, 512, torch.bfloat16, "sm_90", None), ("step", 2, 3, 1024, torch.bfloat16, "sm_90", 128),
+        ("step", 2, 3, 2048, torch.float32, "sm_90", None), ("step", 2, 3, 2048, torch.bfloat16, "sm_80", None),
+        ("step", 1, 4, 1024, torch.bfloat16, "sm_90", None), ("step", 3, 3, 1024, torch.bfloat16, "sm_90", None),
+        ("step_backward", 2, 3, 2048, torch.bfloat16, "sm_90", None),
+        ("step_backward", 1, 4, 1024, torch.bfloat16, "sm_90", 168),
+        ("step_backward", 1, 4, 2048, torch.bfloat16, "sm_90", None),
+        ("depth_backward", 2, 3, 1024, torch.bfloat16, "sm_90", None),
+        ("depth_backward", 2, 3, 2048, torch.bfloat16, "sm_90", 168),
+        ("depth_backward", 2, 3, 4096, torch.bfloat16, "sm_90", None),
+        ("depth_backward", 2, 4, 1024, torch.bfloat16, "sm_90", None),
+        ("depth", 2, 3, 2048, torch.bfloat16, "sm_90", None), ("width", 2, 3, 2048, torch.bfloat16, "sm_90", None),
     ],
     ids=str,
 )  # fmt: skip
-def test_registers_of_few_slots(monkeypatch, kernel, n, d, dtype, target, registers):
-    """A limit where one was faster; and as many programs as it lets on a multiprocessor."""
+def test_registers_of_few_slots(monkeypatch, kernel, m, n, d, dtype, target, registers):
+    """What has a limit does not reach ahead."""
     monkeypatch.setattr(launching, "INTERPRETED", False)
     monkeypatch.setattr(launching, "AHEAD", True)
-    found = launching.sizes(f"few_{kernel}_kernel", 2, n, d, dtype, target)
+    found = launching.sizes(f"few_{kernel}_kernel", m, n, d, dtype, target)
     assert found.get("maxnreg") == registers
     assert not (registers and found.get("AHEAD"))
 
@@ -260,13 +266,13 @@ def test_as_many_programs_as_registers_allow(monkeypatch):
     asked = []
     monkeypatch.setattr(launching, "INTERPRETED", False)
     monkeypatch.setattr(launching, "programs", lambda device, each: asked.append(each) or each)
-    for kernel, n, d in (
-        ("depth_backward", 3, 2048), ("depth_backward", 3, 512), ("step_backward", 3, 512), ("step_backward", 64, 128),
-        ("group_norm_backward", 4, 512),
+    for kernel, m, n, d in (
+        ("depth_backward", 2, 3, 2048), ("depth_backward", 2, 3, 512), ("step_backward", 2, 3, 512),
+        ("step_backward", 1, 4, 1024), ("step_backward", 2, 64, 128), ("group_norm_backward", 2, 4, 512),
     ):  # fmt: skip
-        launch = launching.Launch(torch.empty(100, n, d, dtype=torch.bfloat16), 2, True)
+        launch = launching.Launch(torch.empty(100, n, d, dtype=torch.bfloat16), m, True)
         launch.programs(kernel)
-    assert asked == [12 // 4, 8, 8, 8 // 4, 16 // 2 // 2]  # the last: two warps, and two groups
+    assert asked == [12 // 4, 8, 8, 12 // 4, 8 // 4, 16 // 2 // 2]  # the last: two warps, and two groups
 
 
 @pytest.mark.parametrize(
