@@ -291,7 +291,7 @@ def e_dtype(m: int, n: int, dtype: torch.dtype) -> torch.dtype:
 def coefficients_gradient_sizes(m: int, n: int) -> dict:
     """Some hundred programs where there are that many elements: the loads of one multiprocessor would be waited for.
     Up to 16 neighbours lie together; four thousand numbers, of all partial sums or half of them, are read a turn."""
-    BE = min(16, 1 << max(0, (n * (n + m) // 48).bit_length() - 1))
+    BE = min(16, 1 << max(0, (n * (n + m) // 48).bit_length() - 1)) if not INTERPRETED else 512
     return {"BE": BE, "BP": 4096 // BE, "num_warps": 8}
 
 
@@ -315,7 +315,7 @@ def projections_gradient_sizes(m: int, n: int) -> dict:
     then the copies differ in their last bit, and which of them is stored is the hardware's choice. Hence no such
     operations here, nor in walks for few slots."""
     KP = next_power_of_2(n + 2 * m)
-    BD = 1 if KP > 32 else 32 // KP * 4
+    BD = 32 if INTERPRETED else 1 if KP > 32 else 32 // KP * 4
     return {"KP": KP, "BD": BD, "BS": max(1, 4096 // (KP * BD)), "enable_fp_fusion": False}
 
 
