@@ -72,9 +72,9 @@ NO_SPILLS = "sm_90"  # the target that tile sizes are chosen for
 # and the fastest spill some. No more than they do now
 SPILLED_BY_CHOICE = {
     "many_": {
-        "width": 32, "depth": 24, "step": 80, "width_backward": 8, "depth_backward": 32, "step_backward": 216
+        "width": 32, "depth": 24, "step": 64, "width_backward": 8, "depth_backward": 32, "step_backward": 216
     },
-    "few_": {"width_backward": 8, "depth_backward": 24},
+    "few_": {"width_backward": 8},
 }  # fmt: skip
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")  # of `launch.sizes`, not the kernel's own
 # Pointers to states and to what is as wide as a state; the others are float32.

@@ -83,26 +83,20 @@ def many_tile(kernel: str, n: int, d: int, target: str) -> Tile:
     return Tile(per, max(16, min(columns, next_power_of_2(d))), max(1, next_power_of_2(n) // 16), 1)
 
 
-def many_registers(kernel: str, n: int, target: str) -> int:
+def many_registers(kernel: str, n: int, d: int, target: str) -> int:
     """How many a thread may have there: fewer let more programs on a multiprocessor. 0 for no limit but the
-    hardware's: with one, step_backward was slower. A step of 5 to 8 slots was 6 to 12 % faster with 128 than with 168,
-    one of 64 slots 5 % slower at D = 1024 and 5 % faster at 4096."""
+    hardware's: with one, step_backward was slower. A step of 5 to 8 slots was 12 % faster with 128 than with 168 at
+    D = 4096, and 6 % at 1024, where it would spill more; one of 64 slots 5 % slower at 1024 and 5 % faster at 4096."""
     if INTERPRETED or target != TUNED or kernel.endswith("backward_kernel"):
         return 0
-    return 128 if 8 < n <= 16 or (4 < n <= 8 and kernel == "many_step_kernel") else 168
+    return 128 if 8 < n <= 16 or (4 < n <= 8 and d >= 512 and kernel == "many_step_kernel") else 168
 
 
 def few_registers(kernel: str, m: int, n: int, warps: int, bits: int, target: str) -> int:
-    """The same for few.py and 16-bit states, where several warps have a token: a step forward at (2, 3) was 8 to 9 %
-    faster with 128 at D = 2048 and 4096, depth_backward 9 % with 168 at D = 4096. At (1, 4), D = 1024, backward kernels
-    have no more than 168 by themselves: to say so lets twelve warps share the tokens, and step_backward was 13 % faster
-    with them."""
-    if INTERPRETED or target != TUNED or bits != 16 or m + n > 5:
-        return 0
-    if kernel == "few_step_kernel" and n <= 3 and warps >= 2:
-        return 128
-    fits = kernel == "few_depth_backward_kernel" or (kernel == "few_step_backward_kernel" and n == 4)
-    return 168 if fits and warps == 4 else 0
+    """The same for few.py. At (1, 4), D = 1024, step_backward has no more than 168 by itself: to say so lets twelve
+    warps share the tokens, with which it was 13 % faster."""
+    timed = not INTERPRETED and target == TUNED and bits == 16
+    return 168 if timed and kernel == "few_step_backward_kernel" and (m, n, warps) == (1, 4, 4) else 0
 
 
 def tile(kernel: str, m: int, n: int, d: int, bits: int) -> Tile:
@@ -190,9 +184,8 @@ def sizes(kernel: str, m: int, n: int, d: int, dtype: torch.dtype, target: str =
         backward = kernel.endswith("backward_kernel")
         warps = whole_rows(m, n, d, 8 * dtype.itemsize, backward)
         registers = few_registers(kernel, m, n, warps, 8 * dtype.itemsize, target)
-        # by time on an H200: `depth_backward` gains up to 28 %, but not with fewer registers; a step of four warps
-        # loses 2 %
-        ahead = AHEAD and dtype.itemsize == 2 and ("step" not in kernel or warps <= 2) and not registers
+        # by time on an H200: `depth_backward` gains up to 28 %, a step of four warps loses 2 %
+        ahead = AHEAD and dtype.itemsize == 2 and ("step" not in kernel or warps <= 2)
         found = {"M": m, "N": n, "D": d, "BD": max(32, next_power_of_2(d)), "num_warps": warps}
         found |= {"maxnreg": registers} if registers else {}
         return found | ({"AHEAD": ahead} if backward else {})
@@ -201,7 +194,7 @@ def sizes(kernel: str, m: int, n: int, d: int, dtype: torch.dtype, target: str =
         reads = "width" in kernel or "step" in kernel
         exact = {"PREC": precision(torch.float32)} if reads else {}  # of the product with H′ H′ᵀ, which has to be
         exact |= {"GRAM": n <= 32} if reads and not kernel.endswith("backward_kernel") else {}
-        registers = many_registers(kernel, n, target)
+        registers = many_registers(kernel, n, d, target)
         exact |= {"maxnreg": registers} if registers else {}
         return exact | {
             "M": m, "N": n, "D": d, "PER": PER, "BD": BD, "num_warps": num_warps, "num_stages": num_stages,
