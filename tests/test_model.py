@@ -12,6 +12,7 @@ import torch
 from vwn_ref import GHC, VWNConfig, VWNTransformer
 from vwn_ref.backbone import MoE, Sublayer
 from vwn_ref.depth import record
+from vwn_ref.model import cross_entropy
 
 SMALL = dict(vocab_size=50, dim=16, n_layers=3, n_heads=2)
 SIZES = [(1, 1), (1, 4), (2, 3), (4, 4), (4, 8), (8, 24)]
@@ -214,6 +215,8 @@ def test_every_token_counts_the_last_one_too(bad):
     """-100 is what PyTorch's cross-entropy leaves out."""
     with pytest.raises(IndexError, match=rf"tokens hold the id {bad}: must be in 0 … 49"):
         build(m=2, n=3).loss(torch.tensor([[1, 2, bad]]))
+    with pytest.raises(IndexError, match=f"{bad} is out of bounds"):  # where the ids are not looked at, on a GPU
+        cross_entropy(torch.randn(1, 2, 50), torch.tensor([[1, bad]]))
 
 
 @pytest.mark.parametrize(

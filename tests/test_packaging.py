@@ -1,8 +1,11 @@
 """What an installed copy holds. The wheel is built in isolation, which needs the network: `make test-slow`."""
 
+import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -23,6 +26,23 @@ def test_editable_install_without_the_optional_packages(tmp_path):
     code += "; import vwn_ref.kernels; print(vwn_ref.kernels.__file__)"
     # Not from the clone's own directory: there the folder vwn_ref is found without an installation.
     assert Path(run(sys.executable, "-c", code, cwd=tmp_path)) == ROOT / "kernels" / "__init__.py"
+
+
+def test_experiments_name_the_packages_of_their_extra():
+    from vwn_ref.experiments import PACKAGES
+
+    extra = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    assert sorted(PACKAGES) == sorted(re.match(r"\w+", needed)[0] for needed in extra["experiments"])
+
+
+@pytest.mark.parametrize("module", ["train", "sweep"])
+def test_a_command_without_its_packages_says_what_to_install(module, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules.update(tqdm=None, tyro=None)")
+    command = [sys.executable, "-m", f"vwn_ref.experiments.{module}", "--help"]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("vwn_ref.experiments needs tqdm, tyro, not installed here")
+    assert '".[experiments]"' in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.slow

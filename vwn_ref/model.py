@@ -102,7 +102,7 @@ class VWNTransformer(nn.Module):
                 f"tokens have shape {tuple(tokens.shape)}: must be [b, t] with b ≥ 1 and {shortest} ≤ t ≤ {longest}, "
                 "the last token is only a target"
             )
-        self.embedding.check_tokens(tokens[:, -1:])  # these are not embedded; -100 would be a mask, which there is not
+        self.embedding.check_tokens(tokens[:, -1:])  # these are not embedded
         E = self._embedded(tokens[:, :-1])
         if self.mtp is None:
             h = through(E, self.connections, self.sublayers, self.reduce)
@@ -178,8 +178,9 @@ class VWNTransformer(nn.Module):
 
 
 def cross_entropy(logits: Float[Tensor, "b t v"], targets: Int[Tensor, "b t"]) -> Float[Tensor, ""]:
-    """Mean over all positions, in nats, summed in at least float32."""
-    return F.cross_entropy(at_least_float32(logits).flatten(0, 1), targets.flatten().long())
+    """Mean over all positions, in nats, summed in at least float32. No id is a mask, not -100 either."""
+    no_mask = torch.iinfo(torch.int64).min
+    return F.cross_entropy(at_least_float32(logits).flatten(0, 1), targets.flatten().long(), ignore_index=no_mask)
 
 
 @contextmanager
