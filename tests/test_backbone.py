@@ -86,10 +86,35 @@ def test_moe_by_loops(n_experts, top_k, monkeypatch):
     weights = [x, *moe.parameters()]
     gradients = torch.autograd.grad(y.square().sum() + moe.balance_loss, weights)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # the branch that torch.compile takes
+    seen, expert = [], moe._expert
+    monkeypatch.setattr(moe, "_expert", lambda e, tokens: seen.append(len(tokens)) or expert(e, tokens))
     dense = moe(x)
+    assert seen == [14] * n_experts  # every expert sees every token, so that no shape depends on the data
     torch.testing.assert_close(dense, y, rtol=1e-12, atol=1e-12)
     for a, b in zip(torch.autograd.grad(dense.square().sum() + moe.balance_loss, weights), gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_balance_of_one_token():
+    moe = randomised(MoE(VWNConfig(vocab_size=5, dim=8, n_heads=2, n_experts=3, top_k=2)))
+    x = torch.randn(1, 8, dtype=torch.float64)
+    moe(x)
+    probabilities = (x @ moe.router.weight.T).softmax(-1)[0].sort().values
+    assert moe.balance_loss.item() == pytest.approx(3 * (probabilities[1] + probabilities[2]).item() / 2, rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_router_weighs_16_bit_tokens_in_float32(dtype):
+    """The balance loss is a sum over tokens, and 16 bits would round its terms."""
+    moe = randomised(MoE(VWNConfig(vocab_size=5, dim=8, n_heads=2, n_experts=4, top_k=2))).to(dtype)
+    x = torch.randn(50, 8).to(dtype)
+    scores = moe.router(x)
+    moe(x)
+    wide = MoE(VWNConfig(vocab_size=5, dim=8, n_heads=2, n_experts=4, top_k=2))
+    wide.router.forward = lambda _: scores.float()
+    wide(x.float())
+    assert moe.balance_loss.dtype == torch.float32
+    torch.testing.assert_close(moe.balance_loss, wide.balance_loss, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["attention", "ffn"])

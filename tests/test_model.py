@@ -219,6 +219,15 @@ def test_every_token_counts_the_last_one_too(bad):
         cross_entropy(torch.randn(1, 2, 50), torch.tensor([[1, bad]]))
 
 
+def test_losses_of_16_bit_logits_are_summed_in_float32():
+    logits, targets = torch.randn(3, 40, 50).bfloat16(), torch.randint(0, 50, (3, 40))
+    p = logits.double().softmax(-1).gather(-1, targets[..., None])
+    loss = cross_entropy(logits, targets)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(-p.log().mean().item(), rel=1e-6)
+    assert cross_entropy(logits.double(), targets).dtype == torch.float64
+
+
 @pytest.mark.parametrize(
     "call, match",
     [

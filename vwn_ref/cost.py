@@ -25,8 +25,9 @@ Whether the paper's numbers add up:
   are kept. It adds up if the inputs of attention and FFN, 4D of the 34D, are recomputed in their place.
 - "When m is small, VWN adds roughly n/m − 1 times the cost of layer normalization and residual addition" is about
   bytes. In FLOPs (2,3) adds 48D to the 5D of an RMSNorm and an addition.
-- "Nearly constant" is said of the backbone's compute. What the connections add is small for small m and n; (8,64) costs
-  2592D a GHC, 5184D a layer: at D = 2048 that is 10.5 % of a plain layer's 24D².
+- "Nearly constant" is what the abstract says of the backbone's compute; §1 and §3.1 say as much without that word. What
+  the connections add is small for small m and n; (8,64) costs 2592D a GHC, 5184D a layer: at D = 2048 that is 10.5 % of
+  a plain layer's 24D².
 - "Solely from the extra parameters, a negligible amount" at inference: the GHCs' are few, but a table D′ wide has
   (r − 1)D more a token of the vocabulary. W_expand, Eq. (3), avoids it.
 """

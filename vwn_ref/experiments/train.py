@@ -79,7 +79,7 @@ class TrainConfig:
     beta2: float = 0.95
     """Decay of AdamW's mean of squared gradients."""
     weight_decay: float = 0.1
-    """On matrices; static A and B and norm gains have none, as in the paper, section 3.3."""
+    """On matrices. Static A and B have none, as in the paper, section 3.3; nor have norm gains (not said there)."""
     decay_static: bool = False
     """Weight decay on static A and B as well, to see what it does."""
     grad_clip: float = 1.0
