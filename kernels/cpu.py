@@ -14,10 +14,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from vwn_ref.kernels import backend
 from vwn_ref.kernels.compiler import SCALARS
-from vwn_ref.kernels.operation import Operation, check_shape
+from vwn_ref.kernels.operation import Operation, check_shape, transformed
 
 from vwn_ref import dynamic, ghc
 
@@ -130,11 +129,9 @@ def _suited(*tensors: Tensor) -> bool:
         return False
     if any(t.dtype is not first.dtype or t.device.type != "cpu" for t in tensors):
         return False
-    if torch.compiler.is_compiling():
-        return True
-    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+    if transformed():
         return False
-    return all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+    return torch.compiler.is_compiling() or all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
 
 
 def _check_state(H: Tensor) -> tuple[int, int]:

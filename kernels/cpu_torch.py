@@ -22,9 +22,12 @@ def _rows(t: Tensor, rows: int, columns: int) -> Tensor:
     return t.reshape(tokens, rows, columns)
 
 
-def _own(t: Tensor) -> Tensor:
-    """A contiguous copy: an operator's results must not share memory."""
-    return t.clone(memory_format=torch.contiguous_format)
+def _own(t: Tensor, *shape: int) -> Tensor:
+    """A contiguous copy, of another shape where one is given. Results must not share memory, nor be views: autograd
+    lets nobody change a view in place that a Function has returned."""
+    copy = t.new_empty(shape or t.shape)
+    copy.view(t.shape).copy_(t)
+    return copy
 
 
 def _side_by_side(A: Tensor, B: Tensor) -> Tensor:
@@ -52,8 +55,8 @@ def dynamic_width(H, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, eps):
     _, _, tanh = _coefficients(h, W_alpha, W_beta, gain, eps)
     C = torch.addcmul(_side_by_side(A, B), tanh, _side_by_side(S_alpha, S_beta))
     mixed = torch.bmm(C[..., : m + n].mT, h)  # one product: for smaller ones PyTorch has a slower code
-    x, carried, Bt = _own(mixed[:, :m]), _own(mixed[:, m:]), _own(C[..., m + n :])
-    return x.view(*H.shape[:-2], m * d), carried.view(H.shape), Bt.view(*H.shape[:-1], m)
+    x = _own(mixed[:, :m], *H.shape[:-2], m * d)
+    return x, _own(mixed[:, m:], *H.shape), _own(C[..., m + n :], *H.shape[:-1], m)
 
 
 def dynamic_width_backward(H, A, B, W_alpha, W_beta, S_alpha, S_beta, gain, eps, g_x, g_carried, g_Bt):
@@ -86,7 +89,9 @@ def _sum_tokens(t: Tensor) -> Tensor:
 def dynamic_depth(z, Bt, carried):
     """-> H."""
     (n, d), m = carried.shape[-2:], Bt.shape[-1]
-    return torch.baddbmm(_rows(carried, n, d), _rows(Bt, n, m), _rows(z, m, d)).view(carried.shape)
+    H = carried.new_empty(carried.shape)
+    torch.baddbmm(_rows(carried, n, d), _rows(Bt, n, m), _rows(z, m, d), out=_rows(H, n, d))
+    return H
 
 
 def dynamic_depth_backward(z, Bt, g):

@@ -15,10 +15,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 from vwn_ref.kernels.launch import INTERPRETED, Launch, e_dtype, fuses_step_backward
 from vwn_ref.kernels.linked import UNLINKED, Link, LinkedOperation, nothing
-from vwn_ref.kernels.operation import check_shape
+from vwn_ref.kernels.operation import check_shape, transformed
 
 from vwn_ref import dynamic, ghc
 
@@ -58,11 +57,9 @@ def suited(H: Tensor, *parameters: Tensor) -> bool:
         return False
     if any(t.ndim > 2 for t in parameters) or (H.device.type != "cuda" and not INTERPRETED):
         return False
-    if torch.compiler.is_compiling():
-        return True
-    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+    if transformed():
         return False
-    return all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+    return torch.compiler.is_compiling() or all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
 
 
 # ----------------------------------------------------------------------------------------------- raw operations

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 class Operation:
@@ -56,7 +57,7 @@ class Operation:
             output = (output,) if isinstance(output, Tensor) else output
             ctx.save_for_backward(*inputs[:kept], *(output[i] for i in kept_outputs))
             ctx.numbers = tuple(x for x in inputs[kept:] if not isinstance(x, Tensor))
-            ctx.twice = False
+            ctx.twice = not torch.compiler.is_compiling()  # compiled, a graph is not differentiated again
 
         class Eager(torch.autograd.Function):
             @staticmethod
@@ -135,14 +136,27 @@ def reference_gradients(function: Callable, inputs: tuple, gradients: tuple) -> 
         outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
         pairs = [(y.to(g.dtype), g) for y, g in zip(outputs, gradients, strict=True) if y.requires_grad]
     wanted = [t for t in inputs if t is not None and t.requires_grad]
-    outputs, gradients = zip(*pairs, strict=True)  # there are some, or nobody would ask
+    if not pairs:  # only an input that is not kept wants one
+        return (None,) * len(inputs)
+    outputs, gradients = zip(*pairs, strict=True)
     found = iter(torch.autograd.grad(outputs, wanted, gradients, create_graph=again, materialize_grads=True))
     return tuple(next(found) if t is not None and t.requires_grad else None for t in inputs)
 
 
 def tracing(t: Tensor) -> bool:
-    """Under torch.compile or torch.export, where an autograd.Function would be looked into."""
-    return torch.compiler.is_compiling() or type(t) not in (Tensor, torch.nn.Parameter)
+    """Under torch.compile or torch.export, where an autograd.Function would be looked into, and under a
+    TorchDispatchMode (make_fx), which would see its allocations and not what is written into them."""
+    return (
+        torch.compiler.is_compiling()
+        or type(t) not in (Tensor, torch.nn.Parameter)
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+@torch.compiler.assume_constant_result  # called as it is where torch.compile traces: traced, it would always be True
+def transformed() -> bool:
+    """Inside a transform of `torch.func` or forward-mode AD, compiled or not: the operations have rules for neither."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def check_shape(name: str, t: Tensor, shape: tuple, meaning: str) -> None:

@@ -1,6 +1,7 @@
 """The sublayers against their formulas."""
 
 import cmath
+import copy
 import math
 
 import pytest
@@ -115,6 +116,18 @@ def test_router_weighs_16_bit_tokens_in_float32(dtype):
     wide(x.float())
     assert moe.balance_loss.dtype == torch.float32
     torch.testing.assert_close(moe.balance_loss, wide.balance_loss, rtol=1e-6, atol=0)
+
+
+def test_moe_is_copied_after_a_transform():
+    """The balance loss that vmap has left behind is a tensor of a transform that is over."""
+    moe = MoE(VWNConfig(vocab_size=5, dim=8, n_heads=2, n_experts=3, top_k=2))
+    torch.nn.init.normal_(moe.gate_up), torch.nn.init.normal_(moe.out)
+    x = torch.randn(3, 7, 8)
+    torch.func.vmap(moe)(x)
+    twin = copy.deepcopy(moe)
+    assert twin.balance_loss == 0
+    torch.testing.assert_close(twin(x), moe(x), rtol=0, atol=0)
+    assert copy.deepcopy(moe).balance_loss == moe.balance_loss > 0
 
 
 @pytest.mark.parametrize("kind", ["attention", "ffn"])

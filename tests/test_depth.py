@@ -54,6 +54,14 @@ def test_as_many_connections_as_layers():
 
 
 @torch.no_grad()
+def test_layers_that_work_in_place_are_recorded_as_the_others():
+    connections, _, H = stack(GHC, 2, 3)
+    found, wanted = (depth.trace(connections, [layer] * 5, H) for layer in (torch.sigmoid_, torch.sigmoid))
+    for name in ("x", "z", "H"):
+        torch.testing.assert_close(getattr(found, name), getattr(wanted, name), rtol=0, atol=0)
+
+
+@torch.no_grad()
 def test_a_plain_model_is_recorded_as_the_ghc_it_is():
     model = VWNTransformer(VWNConfig(vocab_size=9, dim=8, n_layers=1, n_heads=2))
     recording = depth.record(model, torch.randint(9, (2, 3)))
@@ -222,6 +230,11 @@ def test_spectral_radius():
     many = torch.randn(4, 5, 3, 3)
     assert depth.spectral_radius(many).shape == (4, 5)
     assert depth.spectral_radius(many.bfloat16()).dtype == torch.float32
+    ruined = many.clone()
+    ruined[1, 2, 0, 1], ruined[3, 4, 1, 1] = float("nan"), float("inf")
+    found, known = depth.spectral_radius(ruined), depth.spectral_radius(many)
+    assert found.isnan().nonzero().tolist() == [[1, 2], [3, 4]]
+    assert torch.equal(found.nan_to_num(0.0), torch.where(found.isnan(), 0, known))
 
 
 def test_radius_under_one_decays_for_one_matrix_and_need_not_for_several():

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.nn.utils import parametrize, prune
 
+import vwn_ref.ghc
 from vwn_ref.dynamic import DynamicGHC
 from vwn_ref.ghc import GHC, parameter_groups, routing_matrix
 
@@ -302,6 +304,68 @@ def test_parameter_groups_of_any_module():
     assert (decayed["weight_decay"], exempt["weight_decay"]) == (0.3, 0.0)
     assert {names[id(p)] for p in exempt["params"]} == {"ghc.A", "ghc.B", "ghc.norm.weight", "layer.bias"}
     assert {names[id(p)] for p in decayed["params"]} == set(names.values()) - {names[id(p)] for p in exempt["params"]}
+
+
+class Scaled(torch.nn.Module):
+    def forward(self, A):
+        return 2 * A
+
+
+@pytest.mark.parametrize("name", ["A", "B"])
+@pytest.mark.parametrize(
+    "change, renamed",
+    [
+        (lambda ghc, name: parametrize.register_parametrization(ghc, name, Scaled()), "parametrizations.{}.original"),
+        (lambda ghc, name: prune.l1_unstructured(ghc, name, 0.2), "{}_orig"),
+    ],
+    ids=["parametrized", "pruned"],
+)
+def test_parameter_groups_where_a_matrix_is_made_of_another(change, renamed, name):
+    own = torch.nn.Sequential(DynamicGHC(8, 2, 3))
+    change(own[0], name)
+    names = {id(p): n for n, p in own.named_parameters()}
+    static = {f"0.{renamed.format(name)}", f"0.{'AB'.replace(name, '')}"}
+    for decay_static in (False, True):
+        decayed, exempt = parameter_groups(own, 0.3, decay_static=decay_static)
+        assert {names[id(p)] for p in exempt["params"]} == {"0.norm.weight"} | (set() if decay_static else static)
+        assert len(decayed["params"]) + len(exempt["params"]) == len(names) == 7
+
+
+def test_parameter_groups_refuse_flattened_matrices():
+    ghc = GHC(8, 2, 3)
+    ghc.B.data = ghc.B.data.flatten()
+    with pytest.raises(ValueError, match=r"B of a GHC has shape \(6,\), must be .* flattened by FullySharded"):
+        parameter_groups(ghc, 0.1)
+
+
+@pytest.mark.parametrize("cls", [GHC, DynamicGHC])
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_matrices_of_ones_own(cls, kernels):
+    """What the docstring says: override `matrices`, and `width` so that it is used."""
+
+    class Softmax(cls):
+        def matrices(self, H):
+            A, B = super().matrices(H)
+            return A.softmax(dim=-2), 2 * B
+
+        def width(self, H):
+            return vwn_ref.ghc.width(H, *self.matrices(H))
+
+    own, H = Softmax(8, 2, 3, kernels=kernels), torch.randn(5, 3, 4)
+    for p in own.parameters():
+        torch.nn.init.normal_(p)
+    A, B = own.matrices(H)
+    z = torch.tanh((A[..., :2].mT @ H).flatten(-2))
+    expected = B.mT @ z.unflatten(-1, (2, 4)) + A[..., 2:].mT @ H
+    torch.testing.assert_close(own(H, torch.tanh), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_refuses_another_norm():
+    ghc = DynamicGHC(8, 2, 3)
+    ghc.norm = torch.nn.LayerNorm(4)
+    for call in (ghc.width, ghc.matrices):
+        with pytest.raises(TypeError, match="norm is a LayerNorm: must be an RMSNorm"):
+            call(torch.randn(5, 3, 4))
 
 
 def test_refuses_unknown_kernels():

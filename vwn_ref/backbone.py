@@ -99,7 +99,9 @@ class MoE(nn.Module):
         return y.reshape(x.shape)
 
     def __getstate__(self) -> dict:  # for copy.deepcopy and pickle, which take no tensor that has a history
-        return {**self.__dict__, "balance_loss": self.balance_loss.detach()}
+        loss = self.balance_loss
+        gone = torch._C._functorch.is_functorch_wrapped_tensor(loss)  # of a transform of torch.func that has ended
+        return {**self.__dict__, "balance_loss": torch.zeros(()) if gone else loss.detach()}
 
     def _expert(self, e: int, x: Tensor) -> Tensor:
         gate, up = F.linear(x, self.gate_up[e]).chunk(2, dim=-1)
@@ -124,7 +126,10 @@ class Sublayer(nn.Module):
 
 
 class Residual(nn.Module):
-    """The plain residual connection H + T(H), with GHC's interface: one slot, D wide."""
+    """The plain residual connection H + T(H), with GHC's interface: one slot, D wide.
+
+    What it hands to the sublayer is H itself, not a copy: a sublayer that changes its input in place changes H.
+    """
 
     def width(self, H: Float[Tensor, "*b 1 D"]) -> tuple[Float[Tensor, "*b D"], tuple[Tensor, ...]]:
         """H [..., 1, D] -> what the sublayer reads [..., D], and the state that `depth` needs."""

@@ -59,7 +59,7 @@ def trace(connections: Iterable, layers: Iterable[Callable], H: Float[Tensor, "*
         else:
             A, B = H.new_ones(*H.shape[:-2], 1, 2), H.new_ones(*H.shape[:-2], 1, 1)
         x, state = connection.width(H)
-        z = layer(x)
+        z = layer(x.clone())  # a layer may work in place
         H = connection.depth(z, state)
         kept.A.append(A)
         kept.B.append(B)
@@ -210,9 +210,11 @@ def effective_window(table: Float[Tensor, "L L *b"], fraction: float = 0.1) -> I
 
 
 def spectral_radius(A_hat: Float[Tensor, "*b n n"]) -> Float[Tensor, "*b"]:
-    """Largest |eigenvalue| of Â, one a token; computed in at least float32."""
+    """Largest |eigenvalue| of Â, one a token; computed in at least float32. NaN where Â is not finite."""
     wide = A_hat if A_hat.dtype == torch.float64 else A_hat.float()
-    return torch.linalg.eigvals(wide).abs().amax(dim=-1)
+    finite = wide.isfinite().all(dim=-1).all(dim=-1)
+    known = torch.where(finite[..., None, None], wide, 0)  # LAPACK may crash at a NaN
+    return torch.where(finite, torch.linalg.eigvals(known).abs().amax(dim=-1), torch.nan)
 
 
 # ------------------------------------------------------------------------------------------- windows

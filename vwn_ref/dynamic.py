@@ -54,7 +54,8 @@ class DynamicGHC(GHC):
 
     W_α = W_β = 0 at first, so that it starts as the static GHC. Weight decay on W and S, none on A and B.
 
-    Args: as `GHC`; eps: ε of the RMSNorm, None for the machine epsilon. Raises as `GHC`, and for ε < 0.
+    Args: as `GHC`; eps: ε of the RMSNorm, None for the machine epsilon. Raises as `GHC`, and for ε < 0. Of `norm`
+    only gain and ε are used: its `forward`, and hooks on it, are not called.
 
     >>> ghc = DynamicGHC(dim=8, m=2, n=3)
     >>> A, B = ghc.matrices(torch.randn(5, 3, 4))
@@ -82,7 +83,9 @@ class DynamicGHC(GHC):
 
     @property
     def eps(self) -> float | None:
-        """ε of the RMSNorm; None is the machine epsilon."""
+        """ε of the RMSNorm; None is the machine epsilon. Raises TypeError where another norm has been put there."""
+        if not isinstance(self.norm, nn.RMSNorm):
+            raise TypeError(f"norm is a {type(self.norm).__name__}: must be an RMSNorm, of which gain and ε are used")
         return self.norm.eps
 
     def parameters_in_order(self) -> tuple[Tensor, ...]:

@@ -14,6 +14,7 @@ The paper prints (9) as 2m × (m+n) and A before (16) as n × n; the matrices ar
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import torch
@@ -73,16 +74,27 @@ def parameter_groups(module: nn.Module, weight_decay: float, *, decay_static: bo
     """Two groups for an optimizer: weight decay on matrices, none on vectors and, after §3.3, on static A and B.
 
     Vectors are norm gains and biases. The dynamic part, W and S, is decayed. `decay_static` decays A and B as well, to
-    see what it does. `module` is anything with GHCs in it.
+    see what it does. `module` is anything with GHCs in it, also where A or B is parametrized or pruned.
 
     >>> groups = parameter_groups(nn.ModuleList([GHC(8, 2, 3), nn.Linear(8, 8)]), weight_decay=0.1)
     >>> [(len(group["params"]), group["weight_decay"]) for group in groups]
     [(1, 0.1), (3, 0.0)]
 
-    Raises ValueError unless weight_decay is a finite number ≥ 0.
+    Raises ValueError unless weight_decay is a finite number ≥ 0, and where A or B has been flattened, as by PyTorch's
+    first FSDP (`FullyShardedDataParallel`): then no matrix is told from a vector. `fully_shard` keeps them apart.
     """
     check_float("weight_decay", weight_decay)
-    static = {id(p) for ghc in module.modules() if isinstance(ghc, GHC) and not decay_static for p in (ghc.A, ghc.B)}
+    static = set()
+    for ghc in module.modules():
+        for name, p in ghc.named_parameters() if isinstance(ghc, GHC) else ():
+            if re.fullmatch(r"[AB]|[AB]_orig|parametrizations\.[AB]\.original\d*", name):
+                if p.ndim != 2:
+                    raise ValueError(
+                        f"module: {name} of a GHC has shape {tuple(p.shape)}, must be [n, m+n] for A, [m, n] for B; is "
+                        "it flattened by FullyShardedDataParallel? Use fully_shard"
+                    )
+                if not decay_static:
+                    static.add(id(p))
     decayed, exempt = [], []
     for p in module.parameters():
         (exempt if id(p) in static or p.ndim < 2 else decayed).append(p)
@@ -103,6 +115,9 @@ class GHC(nn.Module):
 
     The sublayer brings its own norm, lambda x: attention(norm(x)), and does not add its input: Â carries, where a plain
     Transformer has its residual. One with more arguments or more outputs goes between `width` and `depth`.
+
+    `matrices` is for looking at. To compute with other ones, override it and, so that it is used,
+    `def width(self, H): return vwn_ref.ghc.width(H, *self.matrices(H))`.
 
     Raises ValueError unless m divides dim and n ≥ m, or for an unknown `kernels`.
 

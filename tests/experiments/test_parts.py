@@ -61,6 +61,7 @@ def test_contrasts_name_models_of_the_study_and_change_one_thing():
         "wide table, without the width": {"embed_rank"},
         "n-grams": {"ngram_buckets"},
         "initial W_reduce, against its default, mean": {"reduce_init"},
+        "no GroupNorm before W_reduce": {"reduce_norm"},
     }
     for c in parts.CONTRASTS:
         if c.about in alone and not {c.model, c.base} & others:

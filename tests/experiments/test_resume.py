@@ -275,6 +275,23 @@ def test_a_bit_flip_anywhere_is_seen_or_harmless(half):
     assert seen > len(places) - 10
 
 
+def test_experts_go_on_in_as_many_processes(tiny, tmp_path, monkeypatch):
+    config = tiny(out=str(tmp_path / "run"), model={"n_experts": 2, "top_k": 1})
+    stop_after(monkeypatch, 4)
+    with pytest.raises(Stopped):
+        train(config)
+    path = tmp_path / "run" / "checkpoint.safetensors"
+    tensors, state = checkpoint.load(path)
+    assert state["processes"] == 1
+    checkpoint.save(path, tensors, {**state, "processes": 2})
+    with pytest.raises(ValueError, match="was trained by 2 processes, these are 1; with experts must be as many"):
+        train(replace(config, resume=True))
+    del state["processes"]  # an older checkpoint
+    checkpoint.save(path, tensors, state)
+    monkeypatch.undo()
+    assert train(replace(config, resume=True)).summary["processes"] == 1
+
+
 def test_two_processes_in_one_folder(half):
     config, _ = half
     run = module.Run(Path(config.out), dataclasses.asdict(config))

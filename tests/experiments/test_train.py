@@ -328,6 +328,29 @@ def test_a_loss_that_is_not_finite(tiny, monkeypatch):
         train(tiny())
 
 
+def test_a_last_step_that_ruins_the_weights(tiny, tmp_path):
+    """The losses of training are of the weights before an update: only validation sees what the last one did."""
+    config = tiny(steps=1, warmup=0, lr=1e30, out=str(tmp_path / "run"))
+    with pytest.raises(FloatingPointError, match=r"the validation loss after step 1 is nan: lr = 1e\+30 may be too hi"):
+        train(config)
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_start_that_fails_leaves_no_run_behind(tiny, tmp_path, monkeypatch):
+    config = tiny(out=str(tmp_path / "run"))
+
+    def fails(model, tokens):
+        raise RuntimeError("no such kernels")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module.VWNTransformer, "loss", fails)
+        with pytest.raises(RuntimeError, match="no such kernels"):
+            train(config)
+    assert [path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith(".")] == []
+    train(replace(config, lr=1e-3))  # another config, and no --resume
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
 def test_folders_that_are_taken(tiny, finished, tmp_path):
     config, _ = finished
     with pytest.raises(FileExistsError, match="holds a finished run; choose another folder"):

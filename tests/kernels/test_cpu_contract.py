@@ -10,6 +10,7 @@ import helpers
 import pytest
 import torch
 from conftest import needs_compiler
+from torch.fx.experimental.proxy_tensor import make_fx
 from vwn_ref.kernels import backend, cpu
 
 from vwn_ref import ops
@@ -126,7 +127,78 @@ def test_function_transforms(kind):
     whole(leaf).square().sum().backward()
     torch.testing.assert_close(gradient, leaf.grad, rtol=1e-4, atol=1e-5)
     _, tangent = torch.func.jvp(whole, (H,), (torch.ones_like(H),))
-    assert tangent.shape == H.shape
+    step = 1e-2 * torch.ones_like(H)
+    torch.testing.assert_close(tangent, (whole(H + step) - whole(H - step)) / 2e-2, rtol=1e-3, atol=1e-3)
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", ["GHC", "DynamicGHC"])
+def test_compiled_function_transforms(kind):
+    """The operators have no rule for a tangent, and one that is left out would be 0: the reference has to do it."""
+    code = f"""
+        import torch
+        from vwn_ref import {kind}
+        torch.manual_seed(0)
+        ghc, H = {kind}(8, 2, 3), torch.randn(4, 3, 4)
+        for p in ghc.parameters():
+            torch.nn.init.normal_(p)
+        total = lambda H: ghc(H, torch.tanh).square().sum()
+        transforms = [
+            lambda H: torch.func.jvp(total, (H,), (torch.ones_like(H),))[1],
+            torch.func.grad(total),
+            torch.func.vmap(torch.func.grad(total)),
+            torch.func.hessian(total),
+        ]
+        for f in transforms:
+            found = torch.compile(f, backend="aot_eager", fullgraph=True)(H)
+            assert found.abs().max() > 1
+            torch.testing.assert_close(found, f(H), rtol=1e-4, atol=1e-4)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("kind", [GHC, DynamicGHC])
+def test_a_tracer_sees_what_is_computed(kind, either_backend, no_shape_checks):
+    ghc, H = kind(64, 2, 3, kernels="cpu"), torch.randn(5, 3, 32)
+    for p in ghc.parameters():
+        torch.nn.init.normal_(p)
+
+    def gradients(H):
+        H = H.detach().requires_grad_()
+        out = ghc(H, torch.tanh)
+        (once,) = torch.autograd.grad(out.square().sum(), H, create_graph=True)
+        return out, once, *torch.autograd.grad(once.sin().sum(), H)
+
+    graph = make_fx(gradients)(torch.randn_like(H))
+    torch.testing.assert_close(graph(H), gradients(H), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [GHC, DynamicGHC])
+def test_results_can_be_changed_in_place(kind, either_backend):
+    ghc, H = kind(64, 2, 3, kernels="cpu"), torch.randn(5, 3, 32)
+    expected = ghc(H, torch.relu) + 1
+    found = ghc(H, torch.nn.ReLU(inplace=True))
+    found += 1
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    found.sum().backward()
+    x, state = ghc.width(H)
+    x.mul_(2), state[1].mul_(2)
+    torch.testing.assert_close(ghc.depth(x, state), 2 * ghc(H, lambda x: x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [GHC, DynamicGHC])
+def test_second_derivative_where_only_the_carry_wants_a_gradient(kind):
+    found = []
+    for kernels in ("cpu", "reference"):
+        torch.manual_seed(0)
+        ghc = kind(64, 2, 3, kernels=kernels).double()
+        H = torch.randn(5, 3, 32, dtype=torch.float64, requires_grad=True)
+        ghc.A.data.normal_()
+        ghc.B.requires_grad_(False)
+        (once,) = torch.autograd.grad((ghc(H, torch.zeros_like) ** 3).sum(), H, create_graph=True)
+        found.append((once, *torch.autograd.grad(once.square().sum(), H)))
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
 
 
 def test_matrices_of_each_token_go_to_the_reference():

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 from vwn_ref.kernels import cpu, fused
 
@@ -238,6 +239,21 @@ def test_torch_compile_makes_one_graph_with_the_same_results():
     """
     done = _python(code)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_tracer_sees_what_is_computed(no_shape_checks):
+    ghc, H = DynamicGHC(16, 2, 3, kernels="triton").to(DEVICE), torch.randn(3, 3, 8, device=DEVICE)
+    for p in ghc.parameters():
+        nn.init.normal_(p)
+
+    def gradient(H):
+        H = H.detach().requires_grad_()
+        out = ghc(H, torch.tanh)
+        return out, *torch.autograd.grad(out.square().sum(), H)
+
+    graph = make_fx(gradient)(torch.randn_like(H))
+    assert sum("ghc_triton" in str(node.target) for node in graph.graph.nodes) == 4
+    torch.testing.assert_close(graph(H), gradient(H), rtol=1e-5, atol=1e-5)
 
 
 def test_gradient_checkpointing():

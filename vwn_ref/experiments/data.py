@@ -489,10 +489,15 @@ def describe(corpus: Corpus) -> str:
 
 
 def main() -> None:
-    """Build the default corpus and print what it is: `python -m vwn_ref.experiments.data --vocab-size 4096`."""
+    """Build the default corpus and print what it is: `python -m vwn_ref.experiments.data --vocab-size 4096`; errors are
+    told in a line."""
     import tyro
 
-    corpus = load_corpus(tyro.cli(DataConfig, prog="python -m vwn_ref.experiments.data"))
+    from vwn_ref.experiments.console import told
+
+    config = tyro.cli(DataConfig, prog="python -m vwn_ref.experiments.data")
+    with told():
+        corpus = load_corpus(config)
     print(json.dumps({"corpus": describe(corpus), "folder": str(corpus.folder)}, indent=1))
 
 

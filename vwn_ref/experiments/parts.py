@@ -58,6 +58,7 @@ class Contrast(NamedTuple):
 CONTRASTS = (
     Contrast("routing, no width", "static", "r1-static", "plain"),
     Contrast("routing, no width", "dynamic", "r1", "plain"),
+    Contrast("routing, no width", "dynamic, no GroupNorm", "r1-nonorm", "plain"),
     Contrast("dynamics", "at r = 1", "r1", "r1-static"),
     Contrast("dynamics", "at r = 2", "r2", "r2-static"),
     Contrast("dynamics", "at r = 4", "r4", "r4-static"),
@@ -85,6 +86,9 @@ CONTRASTS = (
     Contrast("initial W_reduce, against its default, mean", "random, r = 2", "r2-random", "r2"),
     Contrast("initial W_reduce, against its default, mean", "first, r = 4", "r4-first", "r4"),
     Contrast("initial W_reduce, against its default, mean", "random, r = 4", "r4-random", "r4"),
+    Contrast("no GroupNorm before W_reduce", "r = 1", "r1-nonorm", "r1"),
+    Contrast("no GroupNorm before W_reduce", "r = 2", "r2-nonorm", "r2"),
+    Contrast("no GroupNorm before W_reduce", "r = 4", "r4-nonorm", "r4"),
     Contrast("weight decay on A and B", "r = 2", "r2-decay", "r2"),
     Contrast("weight decay on A and B", "r = 4", "r4-decay", "r4"),
     Contrast("against plain with as many parameters", "r = 2 has 1 % fewer", "r2", "plain-d20"),

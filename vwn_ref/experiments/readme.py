@@ -97,7 +97,12 @@ ANSWERS = {
     ("d_mtp", "VWN (2, 3) − plain"): both_backbones("VWN − plain"),
     ("d_mtp", "MTP − plain"): both_backbones("MTP − plain"),
     ("d_mtp", "interaction: what MTP does in a VWN minus what it does in plain"): both_backbones("interaction"),
-    ("e_parts", "routing alone: r = 1 − plain"): of_parts("routing, no width", "static", "dynamic"),
+    ("e_parts", "routing alone: r = 1 − plain"): of_parts(
+        "routing, no width", "static", "dynamic", "dynamic, no GroupNorm"
+    ),
+    ("e_parts", "no GroupNorm before reduce: without − with"): of_parts(
+        "no GroupNorm before W_reduce", "r = 1", "r = 2", "r = 4"
+    ),
     ("e_parts", "matrices that depend on the token: dynamic − static"): of_parts("dynamics", "at r = 2", "at r = 4"),
     ("e_parts", "a wider state, low-rank table: r − r = 1"): of_parts(
         "wider state and its connections, low-rank table", "r = 2", "r = 4", "r = 8"

@@ -66,6 +66,7 @@ class Run:
         self._log_bytes = 0
         self._file = None
         self._lock: FileLock | None = None
+        self._claimed: list[Path] = []  # what a new run has written, until the first line of its log
 
     def check(self, resume: bool) -> None:
         """Raise unless this run may be started or, with `resume`, continued in its folder. Writes nothing.
@@ -111,7 +112,10 @@ class Run:
         except Timeout:
             raise Locked(f"out = {self.folder}: another process is training in this folder") from None
         self.check(resume)  # again: since the first look another process may have started, or finished, a run here
-        for name, text in (("config.json", json.dumps(self.config, indent=1)), ("tokenizer.json", tokenizer)):
+        files = {"config.json": json.dumps(self.config, indent=1), "tokenizer.json": tokenizer}
+        if not (self.folder / "config.json").exists():
+            self._claimed = [self.folder / name for name in (*files, "log.jsonl")]
+        for name, text in files.items():
             if not (self.folder / name).exists():
                 write_text(self.folder / name, text)
         self._file = (self.folder / "log.jsonl").open("ab")
@@ -124,15 +128,19 @@ class Run:
                 raise CheckpointError(f"{path} is not the corpus's tokenizer: remove it, and it is written anew")
 
     def close(self) -> None:
-        """Give the folder back."""
+        """Give the folder back; what failed before the first line of its log leaves no run behind."""
         if self._file is not None:
             self._file.close()
+        for path in self._claimed:
+            path.unlink(missing_ok=True)
+        self._claimed = []
         if self._lock is not None:
             self._lock.release()
 
     def write(self, row: dict) -> None:
         """Add one line to the log."""
         self.log.append(row)
+        self._claimed = []
         if self._file is not None:
             line = (json.dumps(row) + "\n").encode()
             self._file.write(line)

@@ -244,8 +244,9 @@ def train(config: TrainConfig, signals: Signals | None = None) -> TrainResult:
     where there is a folder.
 
     Raises ValueError or FileExistsError for a bad config, corpus or folder, naming the field; CheckpointError for a
-    damaged checkpoint; Locked where another process trains in the folder; FloatingPointError if the loss is no longer
-    finite; Stopped after Ctrl-C or SIGTERM, with a checkpoint written where there is a folder.
+    damaged checkpoint; Locked where another process trains in the folder; FloatingPointError if the loss, in training
+    or in validation, is no longer finite; Stopped after Ctrl-C or SIGTERM, with a checkpoint written where there is a
+    folder.
     """
     with joined_world(config.device) as world, torch_settings(config.threads, world.device):
         check_share(config, world)
@@ -285,6 +286,12 @@ def train_loop(config: TrainConfig, corpus: Corpus, world: World, run: Run, sign
         tensors, state = kept
         if state["corpus"] != corpus.digest:
             raise ValueError(f"resume: {run.folder} was trained on another corpus than {describe(corpus)}")
+        processes = state.get("processes", world.size)  # what older checkpoints do not say
+        if config.model.n_experts and processes != world.size:
+            raise ValueError(
+                f"resume: {run.folder} was trained by {processes} processes, these are {world.size}; with experts must "
+                "be as many, the balance loss is taken over the sequences of a process"
+            )
         restore(tensors, model, optimizer, run)
         sums.copy_(tensors["sums"])
         first, since, clock = state["step"], state["since"], Clock(state["seconds"], state.get("cpu_seconds"))
@@ -297,7 +304,7 @@ def train_loop(config: TrainConfig, corpus: Corpus, world: World, run: Run, sign
 
     def save(step: int) -> None:
         world.mean(sums)
-        state = {"step": step, "since": since, "corpus": corpus.digest}
+        state = {"step": step, "since": since, "corpus": corpus.digest, "processes": world.size}
         state |= {"seconds": clock.seconds, "cpu_seconds": clock.cpu_seconds}
         with clock.paused():
             run.save({**captured(model, optimizer), "sums": sums}, state)
@@ -335,6 +342,11 @@ def train_loop(config: TrainConfig, corpus: Corpus, world: World, run: Run, sign
                 if last or done % config.val_interval == 0:
                     with clock.paused():
                         row |= validate(objective, corpus, config, world)
+                    if not math.isfinite(row["val_total"]):  # the last update can ruin what was well until then
+                        raise FloatingPointError(
+                            f"the validation loss after step {done} is {row['val_total']}: lr = {config.lr} may be too "
+                            "high"
+                        )
                 run.write(row)
                 progress.report(row)
             stop = world.any(signals.number is not None)
