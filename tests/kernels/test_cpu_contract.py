@@ -174,6 +174,29 @@ def test_a_tracer_sees_what_is_computed(kind, either_backend, no_shape_checks):
     torch.testing.assert_close(graph(H), gradients(H), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("kernels, needed", [("auto", "vwn_ref.kernels.cpu"), ("reference", "torch")])
+def test_an_exported_program_is_loaded_by_another_process(kernels, needed, tmp_path, no_shape_checks):
+    class Sublayer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.ghc = DynamicGHC(8, 2, 3, kernels=kernels)
+
+        def forward(self, H):
+            return self.ghc(H, torch.tanh)
+
+    model, H, path = Sublayer(), torch.randn(5, 3, 4), tmp_path / "ghc.pt2"
+    torch.nn.init.normal_(model.ghc.W_alpha)
+    torch.export.save(torch.export.export(model, (H,)), path)
+    torch.save({"H": H, "out": model(H).detach()}, tmp_path / "values.pt")
+    code = f"""
+        import torch, {needed}
+        values = torch.load({str(tmp_path / "values.pt")!r})
+        torch.testing.assert_close(torch.export.load({str(path)!r}).module()(values["H"]), values["out"])
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.mark.parametrize("kind", [GHC, DynamicGHC])
 def test_results_can_be_changed_in_place(kind, either_backend):
     ghc, H = kind(64, 2, 3, kernels="cpu"), torch.randn(5, 3, 32)
