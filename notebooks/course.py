@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import traceback
 from collections.abc import Callable
+from numbers import Number
 
 import numpy as np
 import torch
@@ -20,10 +21,11 @@ def check(student: Callable, reference: Callable, *cases: tuple, tolerance: floa
 
     Results may be numbers, tensors, or tuples of them. `tolerance` is relative to the largest expected entry.
     """
+    changed = False
     for number, case in enumerate(cases, start=1):
-        want = reference(*copies(case))
+        want, given = reference(*copies(case)), copies(case)
         try:
-            got = student(*copies(case))
+            got = student(*given)
         except Exception as error:  # a student's function may fail in any way; say how and where
             print(f"✗ case {number} of {len(cases)}: raised {type(error).__name__}: {error}{line_of(error, student)}")
             return
@@ -31,7 +33,10 @@ def check(student: Callable, reference: Callable, *cases: tuple, tolerance: floa
         if problem:
             print(f"✗ case {number} of {len(cases)}: {problem}")
             return
-    print(f"✓ correct in all {len(cases)} cases")
+        pairs = zip(case, given, strict=True)
+        changed |= any(isinstance(a, torch.Tensor) and not torch.equal(a, b) for a, b in pairs)
+    warning = "; but it writes into a tensor that it is given: whoever calls it loses theirs" if changed else ""
+    print(f"✓ correct in all {len(cases)} cases{warning}")
 
 
 def copies(case: tuple) -> list:
@@ -49,9 +54,11 @@ def line_of(error: Exception, student: Callable) -> str:
 def difference(got: object, want: object, tolerance: float) -> str | None:
     """What is wrong with `got`, in words, or None."""
     if isinstance(want, tuple):
-        several = isinstance(got, (tuple, list)) or (isinstance(got, (np.ndarray, torch.Tensor)) and got.ndim > 0)
-        if not several:
-            return f"expected {len(want)} results, a tuple, got one {type(got).__name__}"
+        array = isinstance(got, (np.ndarray, torch.Tensor))
+        stacked = array and got.ndim > 0 and all(tuple(got.shape[1:]) == np.shape(one) for one in want)
+        if not (isinstance(got, (tuple, list)) or stacked or (array and got.ndim == 1)):
+            shape = f" of shape {tuple(got.shape)}" if array else ""
+            return f"expected {len(want)} results, a tuple, got one {type(got).__name__}{shape}"
         if len(got) != len(want):
             return f"expected {len(want)} results, got {len(got)}"
         for number, pair in enumerate(zip(got, want, strict=True), start=1):
@@ -61,23 +68,28 @@ def difference(got: object, want: object, tolerance: float) -> str | None:
     try:
         if isinstance(got, np.ndarray):  # PyTorch takes no negative strides
             got = np.array(got, dtype=complex if np.iscomplexobj(got) else float)
+        if isinstance(got, Number) and not isinstance(got, complex):
+            got = float(got)  # a Fraction, too
         found = torch.as_tensor(got)
         if found.is_complex():
             return "expected real numbers, got complex ones"
         got, want = found.to(torch.float64), torch.as_tensor(want, dtype=torch.float64)
         if got.shape != want.shape:
-            return f"shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+            return f"shape {tuple(got.shape)}, expected {tuple(want.shape) or 'a single number'}"
         apart = (got - want).abs()
-        off = ~(apart <= tolerance * max(1e-12, want.abs().max().item() if want.numel() else 0.0))
+        near = tolerance * max([1e-12, *want[want.isfinite()].abs().tolist()])
+        off = ~((apart <= near) | (got == want))  # inf - inf is no number
     except Exception:  # whatever PyTorch raises for what is no ordinary tensor
-        return f"expected a number or a tensor, got {type(got).__name__}"
+        rows = isinstance(got, (tuple, list)) and any(isinstance(row, torch.Tensor) for row in got)
+        return f"expected a number or a tensor, got {type(got).__name__}{' (torch.stack makes one of rows)' * rows}"
     if not off.any():
         return None
     worst = int(apart.nan_to_num(torch.inf).argmax())
     where = tuple(int(i) for i in np.unravel_index(worst, off.shape))
     place = f"entry {list(where)}" if where else "the value"
     is_, expected = in_digits(got[where].item(), want[where].item())
-    return f"{int(off.sum())} of {off.numel()} entries differ; {place} is {is_}, expected {expected}"
+    coarse = f" (yours are of {found.dtype})" if found.dtype in (torch.float16, torch.bfloat16) else ""
+    return f"{int(off.sum())} of {off.numel()} entries differ; {place} is {is_}, expected {expected}{coarse}"
 
 
 def in_digits(one: float, other: float) -> tuple[str, str]:

@@ -8,8 +8,9 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 
-from vwn_ref import GHC, VWNConfig, VWNTransformer
+from vwn_ref import GHC, DynamicGHC, VWNConfig, VWNTransformer
 from vwn_ref.backbone import MoE, Sublayer
 from vwn_ref.depth import record
 from vwn_ref.model import cross_entropy
@@ -135,8 +136,9 @@ def test_copies_and_pickles(kernels):
         assert torch.equal(other(tokens), model(tokens))
 
 
-def test_generate():
-    model = randomise(build(m=2, n=4, max_seq_len=12)).train()
+@pytest.mark.parametrize("widths", [{"m": 2, "n": 4}, {}], ids=["VWN", "plain"])
+def test_generate(widths):
+    model = randomise(build(**widths, max_seq_len=12)).train()
     start = torch.randint(0, 50, (2, 3))
     greedy = model.generate(start, 4, temperature=0.0)
     assert greedy.shape == (2, 7) and torch.equal(greedy[:, :3], start) and model.training
@@ -276,6 +278,7 @@ def test_every_parameter_has_a_gradient():
 
 COMPILE = """
 import torch
+from torch import nn
 from vwn_ref import VWNConfig, VWNTransformer
 torch.manual_seed(0)
 tokens = torch.randint(0, 50, (2, 9))
@@ -352,6 +355,15 @@ def test_every_field_reaches_the_model(field):
     (loss, names), (other, other_names) = of(), of(**{field: (CHANGES | WITH_EXPERTS)[field]})
     assert of() == (loss, names)
     assert abs(other - loss) > 1e-9 or (names != other_names and field in ("dynamic", "ngram_buckets"))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_every_part_has_its_epsilon_and_its_kernels(dynamic):
+    model = build(m=2, n=4, dynamic=dynamic, mtp_layers=1, norm_eps=0.25, kernels="cpu")
+    ghcs = [part for part in model.modules() if isinstance(part, GHC)]
+    assert {type(ghc) for ghc in ghcs} == {DynamicGHC if dynamic else GHC} and len(ghcs) == 2 * (model.cfg.n_layers + 1)
+    assert {ghc.kernels for ghc in ghcs} == {"cpu"}
+    assert {part.eps for part in model.modules() if isinstance(part, nn.RMSNorm | nn.GroupNorm)} == {0.25}
 
 
 def test_these_are_all_fields_but_two():

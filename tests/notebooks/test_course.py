@@ -1,7 +1,10 @@
 """The exercise checker says what differs."""
 
 import importlib.util
+import math
 import os
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +24,13 @@ def double(x):
     "student, said",
     [
         (double, "✓ correct in all 2 cases"),
-        (lambda x: x.add_(x), "✓ correct in all 2 cases"),  # writing into the argument spoils no later case
+        (lambda x: x.add_(x), "✓ correct in all 2 cases; but it writes into a tensor that it is given"),
         (lambda x: None, "✗ case 1 of 2: it returned None; is there a return statement?"),
         (lambda x: 2 * x[:1], "✗ case 1 of 2: shape (1,), expected (3,)"),
+        (
+            lambda x: [2 * x, 2 * x],
+            "✗ case 1 of 2: expected a number or a tensor, got list (torch.stack makes one of rows)",
+        ),
         (lambda x: "x", "✗ case 1 of 2: expected a number or a tensor, got str"),
         (
             lambda x: 2 * x + (len(x) == 2) * torch.eye(len(x))[1],
@@ -36,6 +43,10 @@ def double(x):
         (lambda x: 2 * x + 0j, "✗ case 1 of 2: expected real numbers, got complex ones"),
         (lambda x: (2 * x).to_sparse(), "✗ case 1 of 2: expected a number or a tensor, got Tensor"),
         (lambda x: 10**400, "✗ case 1 of 2: expected a number or a tensor, got int"),
+        (
+            lambda x: (2.01 * x).bfloat16(),
+            "✗ case 1 of 2: 3 of 3 entries differ; entry [0] is 2.016, expected 2 (yours are of torch.bfloat16)",
+        ),
         (lambda x: 2.0001 * x, "✗ case 1 of 2: 3 of 3 entries differ; entry [0] is 2.0001, expected 2"),
         (
             lambda x: 2 * x + 0.1 * torch.arange(len(x)),
@@ -46,6 +57,21 @@ def double(x):
 def test_check(student, said, capsys):
     course.check(student, double, (torch.ones(3),), (torch.ones(2),))
     assert capsys.readouterr().out.startswith(said)
+
+
+def test_numbers(capsys):
+    right = ((Fraction(3, 2), 1.5), (Decimal("1.5"), 1.5), (np.float32(1.5), 1.5), (True, 1), (math.inf, math.inf))
+    for got, want in right:
+        course.check(lambda got=got: got, lambda want=want: want, ())
+    for got, want in ((Fraction(3, 2), 1.25), (torch.ones(1), 1.0), (math.inf, 1.0), (1.0, math.inf)):
+        course.check(lambda got=got: got, lambda want=want: want, ())
+    lines = [line.removeprefix("✗ case 1 of 1: ") for line in capsys.readouterr().out.splitlines()]
+    assert lines == ["✓ correct in all 1 cases"] * 5 + [
+        "1 of 1 entries differ; the value is 1.5, expected 1.25",
+        "shape (1,), expected a single number",
+        "1 of 1 entries differ; the value is inf, expected 1",
+        "1 of 1 entries differ; the value is 1, expected inf",
+    ]
 
 
 def test_digits_that_look_different():
@@ -87,6 +113,7 @@ def test_tuples(capsys):
     course.check(lambda x: (x, None), lambda x: (x, x), (torch.ones(2),))
     course.check(lambda x: 3.0, lambda x: (x, x), (torch.ones(2),))
     course.check(lambda x: (x, x, x), lambda x: (x, x), (torch.ones(2),))
+    course.check(lambda x: torch.ones(2, 3), lambda x: (x, x), (torch.ones(2),))
     lines = [line.removeprefix("✗ case 1 of 1: ") for line in capsys.readouterr().out.splitlines()]
     assert lines == [
         "result 2 of 2: 2 of 2 entries differ; entry [0] is 2, expected 1",
@@ -96,6 +123,7 @@ def test_tuples(capsys):
         "result 2 of 2: expected a number or a tensor, got NoneType",
         "expected 2 results, a tuple, got one float",
         "expected 2 results, got 3",
+        "expected 2 results, a tuple, got one Tensor of shape (2, 3)",
     ]
 
 

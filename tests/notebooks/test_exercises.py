@@ -79,16 +79,24 @@ WRONG = [
            "return (g / g.square().mean(-1, keepdim=True).sqrt()).flatten(-2) @ W.T"),  # no ε
     ("01", "def my_reduce(H, W, r): g = H.flatten(-2).unflatten(-1, (r, -1)); "
            "return F.layer_norm(g, g.shape[-1:]).flatten(-2) @ W.T"),  # another ε
+    ("01", "def my_reduce(H, W, r): h = H.reshape(-1, W.shape[1]); "
+           "return (torch.nn.functional.group_norm(h, r, eps=1e-6) @ W.T).squeeze(0)"),  # one leading axis at most
     ("02", "def my_width(H, A, m): M = A.mT @ H; return M[..., :m, :].reshape(*H.shape[:-2], 6 * m), M[..., m:, :]"),
     ("02", "def my_initial_values(m, n): A = torch.eye(n, m + n); A[:, m:] = torch.eye(n); "
            "return A, torch.eye(m).repeat_interleave(-(-n // m), 1)[:, :n]"),
     ("03", "def my_norm(H, gain, eps): return gain * H / (H.square().sum(-1, keepdim=True) / 4 + eps).sqrt()"),
     ("03", "def my_B(H, ghc): s = ghc.norm(H) @ ghc.W_beta / math.sqrt(ghc.slot_width); "
            "return ghc.S_beta * torch.tanh(s).transpose(1, 2) + ghc.B"),
+    ("03", "@torch.no_grad()\ndef my_B(H, ghc): "
+           "s = torch.rms_norm(H, H.shape[-1:], ghc.norm.weight, 1e-20) @ ghc.W_beta / math.sqrt(ghc.slot_width); "
+           "return ghc.S_beta * torch.tanh(s).mT + ghc.B"),  # no ε
     ("04", "def my_carry(As, n, layer, s):\n    M = torch.eye(n)\n    for A in As[s:layer]: M = A[:, 2:].T @ M\n"
            "    return M"),
     ("04", "def my_reach(rho, fraction, L): return min(L - 1, math.ceil(math.log(fraction) / math.log(rho)))"),
     ("05", "def mix_slots(H, E, W): return H @ W[:, :4].T + E @ W[:, 4:].T"),
+    ("05", "def next2_loss(model, tokens):\n    *_, H, _ = model.states(tokens)\n    E = model.embedding(tokens)\n"
+           "    logits = model.unembedding(model.mtp(H[:, :-2], E[:, 1:-1]))\n"
+           "    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 2:].flatten()).detach()"),
     ("05", "def most_slots(m, budget): n = math.floor(budget * m * m); return n if n > m else 0"),
     ("06", "def my_bytes(D, m, n): return 2 * 2 * (n + m) * D // m + 2 * n * (2 * m + n)"),
     ("06", "def my_warps(registers, warps): return warps * min(4 * min(16384 // (32 * registers), 16) // warps, 32)"),
@@ -105,6 +113,10 @@ WRONG = [
     ("07", "def predict(r, losses, r_new): return tuple(interval("
            "[np.polyval(np.polyfit(range(len(r)), row, 1), np.log2(r_new)) for row in losses]))"),
     ("08", "def parameters_of_ghc(dim, m, r): n, d = r * m, dim // m; return 2 * n * (n + 2 * m) + d * (n + 2 * m)"),
+    ("08", "def seeds_needed(sd, effect):\n    S = max(2, np.ceil((1.96 * sd / effect) ** 2))\n"
+           "    for _ in range(5): S = max(2, np.ceil((stats.t.ppf(0.975, S - 1) * sd / effect) ** 2))\n    return S"),
+    ("09", "def my_scaled_residual(a, b, c): return [[c, a]], [[0 if a == 1 else 1 / a]]"),
+    ("09", "def my_scaled_residual(a, b, c): return a, b, c"),
     ("09", "def my_scaled_residual(a, b, c): return torch.tensor([[a, c]]), torch.tensor([[b]])"),
     ("09", "def my_prediction(carry, g, j): return carry.T + torch.outer(g, carry[:, j])"),
 ]  # fmt: skip

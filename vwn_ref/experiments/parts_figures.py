@@ -82,7 +82,7 @@ def loss_against(ax: Axes, runs: Runs, currency: str, loss: str = "val_next", ti
     ax.set(xscale="log", title=title, xlabel="over plain's (log scale)")
     if currency == "CPU time" and drawn:
         note = {"fontsize": 8, "color": "0.4", "transform": ax.transAxes, "va": "bottom", "ha": "right"}
-        ax.text(0.98, 0.02, "builds of one model differ\nby up to a third", **note)
+        ax.text(0.98, 0.02, "single builds of a\nmodel scatter widely", **note)
     if len(upright) > 1:
         end = APART ** (len(upright) / 2 + 0.2)
         ax.axvspan(1 / end, end, color="0.5", alpha=0.12, linewidth=0)

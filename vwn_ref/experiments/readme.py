@@ -33,8 +33,9 @@ NAMES = (
     "`r1` to `r8` have m = 4, n = 4r, dynamic GHC and the wide table (`r1.5`: no GroupNorm, not in the fits), "
     "`-lowrank` the low-rank one.\nDifferences are paired by seed, with 95 % intervals; prices are those of a whole "
     "training run over plain's. CPU time is that of its\nsteps: all models took turns in one process, on one thread "
-    "(`figures/README.md` has the command); builds of one model differ by up to a third,\nand their means by an eighth."
-    " Every ± is over seeds, of weights and batches: text, tokenizer and validation windows are the same for all."
+    "(`figures/README.md` has the command); a model's slowest build takes up to\n1.6 times as long as its fastest, and "
+    "means of one model under two names differ by up to a tenth. Every ± is over seeds, of weights and\nbatches: text, "
+    "tokenizer and validation windows are the same for all."
 )
 
 QUESTIONS = {
@@ -78,7 +79,8 @@ def of_parts(about: str, *which: str, models: bool = False) -> dict[str, dict[st
 
 
 ANSWERS = {
-    ("a_r_sweep", "r − plain"): {f"r = {r}": minus(f"r{r}", "plain") for r in (1, 2, 4, 8)},
+    ("a_r_sweep", "r − plain"): {f"r = {r}": minus(f"r{r}", "plain") for r in (1, 1.5, 2, 4, 8)},
+    ("a_r_sweep", "r, low-rank table − plain"): {f"r = {r}": minus(f"r{r}-lowrank", "plain") for r in (1.5, 2, 4, 8)},
     **{
         (f"b_d{dim}", f"D = {dim}: {what}"): contrasts
         for dim, rs in ((32, (4, 8)), (64, (8,)))
@@ -103,15 +105,21 @@ ANSWERS = {
     ("e_parts", "no GroupNorm before reduce: without − with"): of_parts(
         "no GroupNorm before W_reduce", "r = 1", "r = 2", "r = 4"
     ),
-    ("e_parts", "matrices that depend on the token: dynamic − static"): of_parts("dynamics", "at r = 2", "at r = 4"),
+    ("e_parts", "another initial W_reduce − its mean"): of_parts(
+        "initial W_reduce, against its default, mean", "first, r = 2", "random, r = 2", "first, r = 4", "random, r = 4"
+    ),
+    ("e_parts", "weight decay on A and B: with − without"): of_parts("weight decay on A and B", "r = 2", "r = 4"),
+    ("e_parts", "matrices that depend on the token: dynamic − static"): of_parts(
+        "dynamics", "at r = 1", "at r = 2", "at r = 4", "at r = 2, low-rank table", "at r = 4, low-rank table"
+    ),
     ("e_parts", "a wider state, low-rank table: r − r = 1"): of_parts(
-        "wider state and its connections, low-rank table", "r = 2", "r = 4", "r = 8"
+        "wider state and its connections, low-rank table", "r = 2", "r = 4", "r = 8", "r = 2, static", "r = 4, static"
     ),
     ("e_parts", "a wider table alone: r = 1 with it − r = 1"): of_parts(
         "wide table, without the width", "2D wide, r = 1", "4D wide, r = 1"
     ),
     ("e_parts", "the wide table: r − r, low-rank table"): of_parts(
-        "wide table, with the width", "r = 2", "r = 4", "r = 8"
+        "wide table, with the width", "r = 2", "r = 4", "r = 8", "r = 2, static", "r = 4, static"
     ),
     ("e_parts", "VWN − plain with as many parameters"): of_parts(
         "against plain with as many parameters",
@@ -133,9 +141,14 @@ ANSWERS = {
         "against plain with about as much time", "r = 2, 4,000 steps", "r = 4, 5,700 steps", models=True
     ),
     ("e_parts", "VWN − plain with n-gram tables"): of_parts(
-        "against plain with n-grams", "r = 2 has 31 % fewer parameters", "r = 4 has 3 % more", models=True
+        "against plain with n-grams",
+        "r = 2 has 31 % fewer parameters",
+        "r = 4 has 3 % more",
+        "r = 2, n-grams too",
+        "r = 4, n-grams too",
+        models=True,
     ),
-    ("e_parts", "n-gram tables in a VWN: with − without"): of_parts("n-grams", "r = 2", "r = 4"),
+    ("e_parts", "n-gram tables: with − without"): of_parts("n-grams", "plain", "r = 2", "r = 4"),
     ("e_parts", "VWN − plain twice as wide"): of_parts("against plain, twice as wide", "r = 2", "r = 4", "r = 8"),
     ("e_parts", "plain with more blocks − plain"): {f"{x} blocks": minus(f"plain-l{x}", "plain") for x in (6, 10, 14)},
     ("e_bytes", "single bytes: r = 4 − plain"): tables_of_r4(""),
@@ -261,7 +274,8 @@ def slopes(runs: Runs) -> str:
 def fewer_tokens(data: Path, runs: Runs) -> str:
     """The currency of the paper's Fig. 1."""
     found = []
-    for where, there in ((f"D = {runs['plain'][0].config['model']['dim']}", runs), ("D = 64", runs_in(data / "b_d64"))):
+    others = ((f"D = {dim}", runs_in(data / f"b_d{dim}")) for dim in (32, 64))
+    for where, there in ((f"D = {runs['plain'][0].config['model']['dim']}", runs), *others):
         ratios = [efficiency(there, "r8", loss) for loss in ("next", "next2")]
         if all(ratios):
             found.append(f"{' and '.join(map(str, ratios))} at {where}")
