@@ -385,6 +385,12 @@ def test_a_connection_too_few_is_refused():
         stack.through(H, model.connections, model.sublayers[:1])
 
 
+def test_a_state_of_another_shape_is_refused_by_a_stack(no_shape_checks):
+    model = small(m=2, n=3)
+    with pytest.raises(ValueError, match=r"H has shape \(1, 5, 4, 4\): must be \[\.\.\., n, d_b\]"):
+        stack.through(torch.zeros(1, 5, 4, 4, device=DEVICE), model.connections, model.sublayers)
+
+
 @pytest.mark.parametrize(
     "H, B, message",
     [
