@@ -378,6 +378,21 @@ def test_what_is_not_the_usual_is_not_fused(calls, how):
     assert "step" not in calls
 
 
+@pytest.mark.parametrize("part", ["reduce", "reduce.norm"])
+def test_a_watched_reduce_is_called(calls, part):
+    model = small(m=2, n=4)
+    expected, seen = model(TOKENS), []
+    assert calls.count("last") == 1
+    model.get_submodule(part).register_forward_hook(lambda *a: seen.append(part))
+    torch.testing.assert_close(model(TOKENS), expected)
+    assert seen == [part] and calls.count("last") == 1
+
+
+def test_no_sublayers_do_nothing():
+    H = torch.randn(1, 5, 3, 4, device=DEVICE)
+    assert stack.through(H, nn.ModuleList(), nn.ModuleList()) is H
+
+
 def test_a_connection_too_few_is_refused():
     model = small(m=2, n=3)
     H = model.embedding(TOKENS)
