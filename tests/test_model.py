@@ -155,7 +155,10 @@ def test_generate_leaves_every_mode_as_it_was():
     model = build(m=2, n=3).train()
     model.reduce.eval()
     before = [module.training for module in model.modules()]
+    during = []
+    model.norm.register_forward_hook(lambda module, *a: during.extend(part.training for part in model.modules()))
     model.generate(torch.zeros(1, 2, dtype=torch.long), 1)
+    assert during and not any(during)
     assert [module.training for module in model.modules()] == before and True in before and False in before
 
 
@@ -166,6 +169,7 @@ def test_generate_at_the_edges():
     assert all(torch.equal(tokens, cold[0]) for tokens in cold)
     assert model.generate(start[:0], 2, top_k=99).shape == (0, 5)
     assert model.generate(start.int(), 2).dtype == torch.int32
+    assert torch.equal(model.generate(start, 0), start)
     with torch.no_grad():
         model.unembedding.weight.zero_()  # every token is as likely
     assert len(set(model.generate(start[:1].repeat(200, 1), 1, top_k=3)[:, -1].tolist())) == 3
@@ -221,6 +225,16 @@ def test_every_token_counts_the_last_one_too(bad):
         cross_entropy(torch.randn(1, 2, 50), torch.tensor([[1, bad]]))
 
 
+@pytest.mark.parametrize("mtp_layers, shortest", [(0, 2), (1, 3)])
+def test_the_shortest_and_the_longest_window(mtp_layers, shortest, no_shape_checks):
+    model = build(m=2, n=3, mtp_layers=mtp_layers, max_seq_len=6)
+    for t in (shortest, 7):
+        assert model.loss(torch.randint(50, (2, t))).total.isfinite()
+    for t in (shortest - 1, 8):
+        with pytest.raises(ValueError, match=rf"\(2, {t}\): must be .* {shortest} ≤ t ≤ 7"):
+            model.loss(torch.randint(50, (2, t)))
+
+
 def test_losses_of_16_bit_logits_are_summed_in_float32():
     logits, targets = torch.randn(3, 40, 50).bfloat16(), torch.randint(0, 50, (3, 40))
     p = logits.double().softmax(-1).gather(-1, targets[..., None])
@@ -242,9 +256,12 @@ def test_losses_of_16_bit_logits_are_summed_in_float32():
         (lambda m: m.loss(torch.zeros(1, 1026, dtype=torch.long)), r"\(1, 1026\): must be .* 2 ≤ t ≤ 1025"),
         (lambda m: record(m, torch.zeros(1, 1025, dtype=torch.long)), "max_seq_len = 1024"),
         (lambda m: m.loss(torch.zeros(0, 5, dtype=torch.long)), "b ≥ 1"),
+        (lambda m: m.loss(torch.zeros(5, dtype=torch.long)), r"\(5,\): must be \[b, t\]"),
+        (lambda m: m.loss(torch.zeros(2, 5, 3, dtype=torch.long)), r"\(2, 5, 3\): must be \[b, t\]"),
+        (lambda m: m.generate(torch.zeros(2, 5, 3, dtype=torch.long), 1), r"\(2, 5, 3\): must be \[b, t\]"),
     ],
 )
-def test_bad_calls(call, match):
+def test_bad_calls(call, match, no_shape_checks):
     with pytest.raises(ValueError, match=match):
         call(build(m=2, n=3))
 
