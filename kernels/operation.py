@@ -46,7 +46,7 @@ class Operation:
         def gradients_of(ctx, gradients, run_backward):
             saved = ctx.saved_tensors
             tensors = saved[:kept]
-            if ctx.twice and differentiated_again(gradients):
+            if differentiated_again(gradients):
                 found = reference_gradients(lambda *t: reference(*t, *ctx.numbers), tensors, gradients)
             else:
                 found = run_backward(*saved, *ctx.numbers, *gradients)
@@ -57,14 +57,12 @@ class Operation:
             output = (output,) if isinstance(output, Tensor) else output
             ctx.save_for_backward(*inputs[:kept], *(output[i] for i in kept_outputs))
             ctx.numbers = tuple(x for x in inputs[kept:] if not isinstance(x, Tensor))
-            ctx.twice = not torch.compiler.is_compiling()  # compiled, a graph is not differentiated again
 
         class Eager(torch.autograd.Function):
             @staticmethod
             def forward(ctx, *arguments):
                 output = run(*arguments)
                 setup_context(ctx, arguments, output)
-                ctx.twice = True
                 return output
 
             @staticmethod
