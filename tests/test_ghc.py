@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from inspect import signature
+
 import oracle
 import pytest
 import torch
@@ -10,8 +12,11 @@ from torch.func import functional_call
 from torch.nn.utils import parametrize, prune
 
 import vwn_ref.ghc
+from vwn_ref.config import VWNConfig
 from vwn_ref.dynamic import DynamicGHC
+from vwn_ref.embedding import OverWidthEmbedding
 from vwn_ref.ghc import GHC, parameter_groups, routing_matrix
+from vwn_ref.reduce import Reduce
 
 SIZES = [(1, 1), (1, 4), (2, 3), (3, 5), (4, 4), (4, 8), (5, 7), (8, 64)]
 LEADS = [(), (3,), (2, 5), (2, 1, 3), (0,), (1,), (2, 0), (1, 1)]
@@ -329,6 +334,19 @@ def test_parameter_groups_where_a_matrix_is_made_of_another(change, renamed, nam
         decayed, exempt = parameter_groups(own, 0.3, decay_static=decay_static)
         assert {names[id(p)] for p in exempt["params"]} == {"0.norm.weight"} | (set() if decay_static else static)
         assert len(decayed["params"]) + len(exempt["params"]) == len(names) == 7
+
+
+def test_matrices_of_that_name_elsewhere_are_decayed():
+    """A and B of a low-rank adapter, say, are no GHC's."""
+    adapter = torch.nn.ParameterDict({"A": torch.randn(4, 2), "B": torch.randn(2, 4)})
+    decayed, _ = parameter_groups(torch.nn.ModuleList([GHC(8, 2, 3), adapter]), 0.1)
+    assert [id(p) for p in decayed["params"]] == [id(p) for p in adapter.parameters()]
+
+
+def test_defaults_are_those_of_the_config():
+    cfg = VWNConfig(vocab_size=5)
+    assert DynamicGHC(8, 2, 3).eps == cfg.norm_eps == Reduce(8, 2, 4).norm.eps
+    assert signature(OverWidthEmbedding).parameters["std"].default == cfg.embed_std
 
 
 def test_parameter_groups_refuse_flattened_matrices():
