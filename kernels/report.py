@@ -2,7 +2,7 @@
 
 Reads figures/data/gpu/<device>/{rates,ops,steps,memory}.json and computes nothing but ratios of what stands there.
 With --readme FILE it puts the tables between the two comment lines of that file that say so. What is not there is
-"not measured"; where nothing is, the file only says that.
+"not measured", what was tried and ended in an error "failed"; where nothing is, the file only says that.
 
 NOTES.md has, between such lines of its own (--notes FILE), what a step took before anything had been tuned on a GPU,
 from figures/data/gpu-tuning, and what it takes now.
@@ -56,6 +56,19 @@ def operation(rows: Rows, implementation: str, op: str, m: int, n: int, D: int, 
     """The row of an operation alone, for `TOKENS` tokens."""
     wanted = {"implementation": implementation, "op": op, "m": m, "n": n, "D": D, "direction": direction}
     return find(rows.get("ops", ()), tokens=TOKENS, **wanted)
+
+
+DRY_RUN = "dry-run"  # the folder of `vwn_ref.kernels.bench --dry-run`, which measures nothing
+
+
+def commits(folder: Path) -> str:
+    """Of which code each stage's rows are, in words; nothing where no file says so."""
+    found: dict[str, list[str]] = {}
+    for path in sorted(folder.glob("*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if commit := content.get("commit"):
+            found.setdefault(commit[:7] + commit[40:], []).append(content["stage"])
+    return "; ".join(f"{', '.join(stages)}: of commit {commit}" for commit, stages in found.items())
 
 
 def both(rows: Rows, implementation: str, op: str, m: int, n: int, D: int) -> float | None:
@@ -137,7 +150,7 @@ def training_time(rows: Rows, r: float, D: int, way: str = "fused") -> Found | N
     if ratio is None:
         return None
     first, last = (training(rows, r, D, key, way) for key in ("q1_us", "q3_us"))
-    plain = [x for x in rows["steps"] if x["way"] == "plain" and x["D"] == D]
+    plain = [x for x in rows["steps"] if x["way"] == "plain" and x["D"] == D and "q3_us" in x]  # not one that failed
     if first is None or not plain:
         return Found(ratio)
     return Found(ratio, "", (first / max(x["q3_us"] for x in plain), last / min(x["q1_us"] for x in plain)))
@@ -176,8 +189,11 @@ def targets() -> list[Target]:
 # -------------------------------------------------------------------------------------------------------- tables
 
 
-def number(value: float | None, form: str) -> str:
-    return "–" if value is None else form.format(value)
+def number(value: float | None, form: str, *rows: dict) -> str:
+    """A dash where it was not measured; "failed" where one of the rows that it comes from says so."""
+    if value is None:
+        return "failed" if any("error" in row for row in rows) else "–"
+    return form.format(value)
 
 
 def measured(lines: list[str]) -> list[str]:
@@ -197,9 +213,11 @@ def operations(rows: Rows, ops: Iterable[str] = ("width", "depth", "step")) -> l
                 cells = []
                 for direction in ("forward", "backward"):
                     row = operation(rows, "fused", op, m, n, D, direction)
-                    cells += [number(row.get("median_us"), "{:.0f}"), number(row.get("share_of_copy"), "{:.0%}")]
-                ways = ("fused", "compiled", "reference")
-                cells += [number(both(rows, way, op, m, n, D), "{:.0f}") for way in ways]
+                    cells.append(number(row.get("median_us"), "{:.0f}", row))
+                    cells.append(number(row.get("share_of_copy"), "{:.0%}", row))
+                for way in ("fused", "compiled", "reference"):
+                    pair = [operation(rows, way, op, m, n, D, x) for x in ("forward", "backward")]
+                    cells.append(number(both(rows, way, op, m, n, D), "{:.0f}", *pair))
                 lines.append(f"| {op} ({m}, {n}) | {D} | {' | '.join(cells)} |")
     return measured(lines)
 
@@ -242,9 +260,15 @@ def markdown(folder: Path, ops: Iterable[str] = ("width", "depth", "step")) -> s
     """The tables of every device that was measured; without one, that none was, and every target."""
     head = ["| target (H100 or H200, bfloat16) | | |", "|---|---|---|"]
     parts = []
-    for device in sorted(p for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []:
-        rows = load(device)
-        lines = [f"**{device.name}**", "", *head, *(target.line(rows) for target in targets())]
+    devices = (p for p in folder.iterdir() if p.is_dir() and p.name != DRY_RUN) if folder.is_dir() else ()
+    for device in sorted(devices):
+        rows, code = load(device), commits(device)
+        lines = [
+            f"**{device.name}**{f' ({code})' if code else ''}",
+            "",
+            *head,
+            *(target.line(rows) for target in targets()),
+        ]
         parts.append("\n".join([*lines, "", *operations(rows, ops), "", *training_steps(rows)]))
     if not parts:
         parts = ["\n".join([NOTHING, "", *head, *(target.line({}) for target in targets())])]
@@ -340,6 +364,8 @@ def main() -> None:
     parser.add_argument("--limits", action="store_true", help="print what the compiled kernels allow at best")
     parser.add_argument("--notes", type=Path, help="a file with two lines for that table; default: none")
     asked = parser.parse_args()
+    if not asked.data.is_dir():
+        parser.error(f"--data {asked.data}: must be a folder")
     from vwn_ref.experiments.storage import write_text
 
     for file, lines, table in (

@@ -84,7 +84,7 @@ def difference(got: object, want: object, tolerance: float) -> str | None:
         return f"expected a number or a tensor, got {type(got).__name__}{' (torch.stack makes one of rows)' * rows}"
     if not off.any():
         return None
-    worst = int(apart.nan_to_num(torch.inf).argmax())
+    worst = int(torch.where(off, apart.nan_to_num(torch.inf), -1.0).argmax())
     where = tuple(int(i) for i in np.unravel_index(worst, off.shape))
     place = f"entry {list(where)}" if where else "the value"
     is_, expected = in_digits(got[where].item(), want[where].item())
@@ -96,7 +96,8 @@ def in_digits(one: float, other: float) -> tuple[str, str]:
     """Both in so many digits that they look different; whole numbers in full."""
     if one.is_integer() and other.is_integer():
         return f"{one:.0f}", f"{other:.0f}"
-    return next((a, b) for digits in range(4, 18) if (a := f"{one:.{digits}g}") != (b := f"{other:.{digits}g}"))
+    pairs = ((f"{one:.{digits}g}", f"{other:.{digits}g}") for digits in range(4, 18))
+    return next((pair for pair in pairs if pair[0] != pair[1]), (str(one), str(other)))
 
 
 class KernelTraffic:

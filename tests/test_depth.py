@@ -360,6 +360,11 @@ def test_effective_window_of_a_soft_window():
     assert depth.effective_window(table).tolist() == [0, 1, 2, 3, 4, 4, 4, 4, 4, 4]
 
 
+def test_effective_window_of_no_numbers():
+    with pytest.raises(ValueError, match="table holds NaN"):
+        depth.effective_window(torch.tensor([[1.0, 0.0], [float("nan"), 1.0]]))
+
+
 def test_effective_window_per_token_and_of_contributions():
     recording = depth.trace(*stack(DynamicGHC, 2, 3))
     window = depth.effective_window(depth.contributions(recording), 0.5)

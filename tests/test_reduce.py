@@ -98,3 +98,11 @@ def test_bad_state(no_shape_checks):
     for shape in product([(3,), ()], [(4, 5), (5, 4), (16,)]):
         with pytest.raises(ValueError, match=r"must be \[..., n, d_b\] = \[..., 4, 4\]"):
             Reduce(8, 2, 4)(torch.zeros(*shape[0], *shape[1]))
+
+
+@pytest.mark.parametrize(
+    "sizes, match", [((4, 2, 4, "mena"), "init = 'mena'"), ((5, 2, 3), "m = 2: must divide dim = 5")]
+)
+def test_initial_W_reduce_refuses(sizes, match, no_shape_checks):
+    with pytest.raises(ValueError, match=match):
+        initial_W_reduce(*sizes)

@@ -195,10 +195,12 @@ def effective_window(table: Float[Tensor, "L L *b"], fraction: float = 0.1) -> I
 
     The largest l − s, s = 1 … l − 1, at which the entry is at least `fraction` of the largest entry of row l (the
     embedding left out); beyond it everything is smaller. 0 where a layer reads no earlier layer.
-    Raises ValueError unless 0 < fraction ≤ 1.
+    Raises ValueError unless 0 < fraction ≤ 1, and for a table with a NaN in it.
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction = {fraction}: must be > 0 and ≤ 1")
+    if table.isnan().any():
+        raise ValueError("table holds NaN: must be numbers, no window is known without them")
     L = table.shape[0]
     number = torch.arange(L, device=table.device)
     back = number[:, None] + 1 - number  # l − s for row l − 1, column s

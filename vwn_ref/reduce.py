@@ -22,7 +22,12 @@ from vwn_ref.ghc import initial_B
 
 
 def initial_W_reduce(dim: int, m: int, n: int, init: str = "mean") -> Float[Tensor, "D Dn"]:
-    """W_reduce [D, D′]: "mean" of the slots j with the same j mod m, "first" D of D′, or "random"."""
+    """W_reduce [D, D′]: "mean" of the slots j with the same j mod m, "first" D of D′, or "random".
+
+    Raises ValueError for bad widths or an unknown `init`.
+    """
+    check_widths(dim, m, n)
+    check_choice("init", init, REDUCE_INITS)
     slot_width = dim // m
     if init == "random":
         return torch.randn(dim, n * slot_width) * (n * slot_width) ** -0.5
@@ -52,7 +57,6 @@ class Reduce(nn.Module):
     ) -> None:
         super().__init__()
         check_widths(dim, m, n)
-        check_choice("init", init, REDUCE_INITS)
         check_float("eps", eps)
         if norm is not None:
             check_bool("norm", norm)

@@ -27,6 +27,8 @@ def test_interval_of_known_numbers():
     estimate = interval([1.0, 2.0, 3.0])
     assert not estimate.told_apart and interval([5.0, 6.0, 7.0]).told_apart
     assert not interval([9.0]).told_apart
+    with pytest.raises(ValueError, match=r"values = \[1\.0, nan\]: must be finite"):
+        interval([1.0, float("nan")])
     assert estimate.mean == 2.0 and estimate.half_width == pytest.approx(2.484138, abs=1e-6)
 
 

@@ -120,6 +120,21 @@ def test_tables(folder, monkeypatch, capsys):
     assert lines[-1].startswith("Not run: r1-static, r1,") and " r2-static," not in lines[-1]
 
 
+def test_a_run_without_a_head_hides_nobodys_second_loss(folder, monkeypatch, capsys):
+    """plain and r2 have one, r2-static has none: a dash in its row."""
+    (folder / "step_times.json").unlink()  # of other models
+    for path in [*folder.glob("plain-s*"), *folder.glob("r2-s[0-9]")]:
+        config, summary = (json.loads((path / f"{name}.json").read_text()) for name in ("config", "summary"))
+        config["model"]["mtp_layers"] = 1
+        (path / "config.json").write_text(json.dumps(config))
+        (path / "summary.json").write_text(json.dumps({**summary, "val_next2": 2 * summary["val_next"]}))
+    monkeypatch.setattr(sys, "argv", ["parts", str(folder)])
+    parts.main()
+    half, lines = 4.302653 / math.sqrt(3), capsys.readouterr().out.splitlines()
+    assert f"| all together | r = 2 | r2 − plain | 3 | -2.0000 ± {half:.4f} | -4.0000 ± {2 * half:.4f} |" in lines
+    assert "| dynamics | at r = 2 | r2 − r2-static | 2 | +0.5000 ± 0.0000 | – |" in lines
+
+
 def test_across(folder, tmp_path, monkeypatch, capsys):
     """Folder a: r2 alone, nothing to compare; b_d32: plain and r4, one seed in common."""
     for run in list(folder.glob("*-s*")):

@@ -22,6 +22,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+FIGURES = ROOT / "figures" / "data" / "gpu"
 ALONE, SANITIZER = "2_to_the_31", "sanitizer"
 TESTS = {"values": f"not {ALONE} and not {SANITIZER}", "alone": ALONE, "sanitizer": SANITIZER}  # part -> pytest's -k
 PARTS = ("values", "alone", "bench", "sanitizer")
@@ -136,7 +138,7 @@ def earlier(file: Path, facts: dict) -> dict[str, dict]:
     """part -> row, of what was kept there by the same code on the same device."""
     with contextlib.suppress(OSError, json.JSONDecodeError):
         kept = json.loads(file.read_text(encoding="utf-8"))
-        named = facts["commit"] is not None and not facts["commit"].endswith("-dirty")
+        named = re.fullmatch("[0-9a-f]{7,40}", facts["commit"] or "")  # not "-dirty", nor a branch, which moves on
         if named and all(kept.get(name) == value for name, value in facts.items()):
             return {row["part"]: row for row in kept["rows"]}
     return {}
@@ -145,9 +147,15 @@ def earlier(file: Path, facts: dict) -> dict[str, dict]:
 def git_commit() -> str | None:
     """Of what is checked out, with "-dirty" where it has been changed; None outside a repository. (As in
     `vwn_ref.experiments.provenance`, which is not found where vwn_ref is not installed.)"""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
+    here = Path(__file__)
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here.parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        git("ls-files", "--error-unmatch", here.name)  # unpacked into somebody else's repository: not ours
+        return git("describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")
 
 
 def about(commit: str | None) -> dict:
@@ -173,7 +181,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--test-minutes", type=float, default=10, help="after which a part of the tests is ended, default %(default)s"
     )
     parser.add_argument("--workers", type=int, help="tests at a time; default: 6, or as many as CPUs and memory allow")
-    parser.add_argument("--out", type=Path, default=ROOT / "figures" / "data" / "gpu", help="default: figures/data/gpu")
+    parser.add_argument("--out", type=Path, default=FIGURES, help="default: figures/data/gpu, and README")
     parser.add_argument("--commit", help="name of the code that runs, where that cannot be asked of git")
     asked = parser.parse_args(arguments)
     import torch
@@ -184,6 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
         signal.signal(number, stop)
     wanted = asked.parts or PARTS
     facts = about(asked.commit or git_commit())  # asked before any file is written
+    asked.out = asked.out.resolve()  # what runs the parts does so in ROOT
     folder = asked.out / facts["device"].replace(" ", "-").replace("/", "-")
     folder.mkdir(parents=True, exist_ok=True)
     most = min(6, os.cpu_count() or 1, int(torch.cuda.get_device_properties(0).total_memory // GPU_BYTES_A_WORKER))
@@ -199,8 +208,10 @@ def main(arguments: list[str] | None = None) -> int:
                 command = ["--minutes", str(asked.minutes), *out, *["--compiled"] * compiled]
                 # it looks at its clock between two tasks: twice as long is more than that
                 statuses.append(run("vwn_ref.kernels.bench", *command, env=env, seconds=120 * asked.minutes + 300))
-                command = ["--data", str(asked.out), "--readme", "README.md"]
-                statuses.append(run("vwn_ref.kernels.report", *command, env=env, seconds=300))
+                if (folder / "ops.json").exists():  # README is of what this repository keeps, and of nothing else
+                    to = ["--readme", "README.md"] if asked.out == FIGURES else []
+                    command = ["--data", str(asked.out), *to]
+                    statuses.append(run("vwn_ref.kernels.report", *command, env=env, seconds=300))
                 continue
             ahead = part == "values" and "bench" in wanted
             with Compiling(env, min(2.0, asked.minutes / 3), ahead) as compiling:

@@ -248,6 +248,13 @@ def test_the_pause_grows_until_python_is_ahead(clock):
     enough[0] = 10**12  # never
     late = made.times(lambda: None, lambda state: None)
     assert late["late"] and late["repeats"] >= 7 and max(pauses) == bench.LONGEST_PAUSE
+    pauses.clear()
+
+    def prepare():  # late at first, even with the longest pause
+        enough[0] = 10**12 if len(pauses) < 3 else 0
+
+    found = made.times(prepare, lambda state: None)
+    assert found["late"] and set(pauses) == {bench.LONGEST_PAUSE} and len(pauses) >= 7
 
 
 def test_a_stage_stops_when_its_time_is_over_or_the_gpu_has_failed(clock, monkeypatch):

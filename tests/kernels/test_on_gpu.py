@@ -49,6 +49,8 @@ def gpu(monkeypatch):
         commands.append(command)
         if on_gpu.KEPT in env:
             write_lines(env[on_gpu.KEPT])
+        if command[0] == "vwn_ref.kernels.bench" and not statuses.get(command[0]):
+            (on_gpu.Path(command[command.index("--out") + 1]) / "Some-GPU-80" / "ops.json").write_text("{}")
         return statuses.get(command[0], 0)
 
     monkeypatch.setattr(on_gpu, "run", run)
@@ -72,15 +74,15 @@ def test_outcome_by_hand(tmp_path):
 def test_a_failure_stops_nothing_but_is_told(gpu, tmp_path, module, status):
     commands, statuses = gpu
     statuses[module] = status
-    assert on_gpu.main(["--out", str(tmp_path), "--commit", "abc"]) == 1
-    bench = ["vwn_ref.kernels.bench", "vwn_ref.kernels.report"]
+    assert on_gpu.main(["--out", str(tmp_path), "--commit", "abcdef0"]) == 1
+    bench = ["vwn_ref.kernels.bench", "vwn_ref.kernels.report"][: 1 if module == "vwn_ref.kernels.bench" else 2]
     assert [c[0] for c in commands] == ["pytest"] * 2 + bench + ["pytest"]  # the sanitizer is last
     found = kept(tmp_path)
-    assert found["device"] == "Some GPU/80" and found["commit"] == "abc" and not found["dry_run"]
+    assert found["device"] == "Some GPU/80" and found["commit"] == "abcdef0" and not found["dry_run"]
     assert [(row["part"], row["failed"], row["status"]) for row in found["rows"]] == [
         (part, 3, statuses.get("pytest", 0)) for part in ("values", "alone", "sanitizer")
     ]
-    assert [path.name for path in tmp_path.glob("*/*")] == ["tests.json"]  # all of it is there
+    assert {path.name for path in tmp_path.glob("*/*")} - {"ops.json"} == {"tests.json"}  # all of it is there
 
 
 def test_without_a_failure(gpu, tmp_path):
@@ -89,6 +91,40 @@ def test_without_a_failure(gpu, tmp_path):
     assert commands[2] == (
         "vwn_ref.kernels.bench", "--minutes", "3.0", "--out", str(tmp_path), "--commit", "here-dirty"
     )  # fmt: skip
+
+
+def test_only_what_is_kept_here_goes_into_README(gpu, tmp_path, monkeypatch):
+    commands, _ = gpu
+    for here, out in ((False, []), (True, ["--out", str(tmp_path / "elsewhere")])):
+        monkeypatch.setattr(on_gpu, "FIGURES", tmp_path)
+        commands.clear()
+        on_gpu.main([*(out or ["--out", str(tmp_path)]), "--parts", "bench"])
+        assert ("--readme" in commands[-1]) is not here and commands[-1][0] == "vwn_ref.kernels.report"
+
+
+def test_a_folder_named_from_where_one_is(gpu, tmp_path, monkeypatch):
+    commands, _ = gpu
+    monkeypatch.chdir(tmp_path)
+    on_gpu.main(["--out", "results", "--parts", "values", "bench"])
+    assert commands[1][commands[1].index("--out") + 1] == str(tmp_path / "results") and kept(tmp_path / "results")
+
+
+@pytest.mark.parametrize("commit", ["main", "abcdef0-dirty", None])
+def test_what_names_no_code_keeps_nothing(gpu, tmp_path, commit):
+    facts = on_gpu.about(commit)
+    (tmp_path / "x.json").write_text(json.dumps({**facts, "rows": [{"part": "alone"}]}))
+    assert on_gpu.earlier(tmp_path / "x.json", facts) == {}
+
+
+def test_the_commit_of_another_repository_is_not_ours(tmp_path, monkeypatch):
+    for arguments in (
+        ["init", "-q"],
+        ["-c", "user.name=x", "-c", "user.email=x", "commit", "-q", "--allow-empty", "-m", "x"],
+    ):
+        subprocess.run(["git", "-C", str(tmp_path), *arguments], check=True)
+    monkeypatch.setattr(on_gpu, "__file__", str(tmp_path / "on_gpu.py"))
+    (tmp_path / "on_gpu.py").touch()
+    assert on_gpu.git_commit() is None
 
 
 def test_workers_that_the_memory_holds(gpu, tmp_path):
@@ -102,12 +138,12 @@ def test_workers_that_the_memory_holds(gpu, tmp_path):
 def test_some_parts_and_what_was_kept_of_others(gpu, tmp_path):
     commands, _ = gpu
     out = ["--out", str(tmp_path), "--commit"]
-    on_gpu.main([*out, "abc", "--parts", "alone", "--parts", "values"])
+    on_gpu.main([*out, "abcdef0", "--parts", "alone", "--parts", "values"])
     assert [c[0] for c in commands] == ["pytest"] * 2
     first = kept(tmp_path)["rows"]
-    on_gpu.main([*out, "abc", "--parts", "sanitizer"])
+    on_gpu.main([*out, "abcdef0", "--parts", "sanitizer"])
     assert kept(tmp_path)["rows"][:2] == first and len(kept(tmp_path)["rows"]) == 3
-    on_gpu.main([*out, "def", "--parts", "alone"])  # other code
+    on_gpu.main([*out, "def0123", "--parts", "alone"])  # other code
     assert [row["part"] for row in kept(tmp_path)["rows"]] == ["alone"]
     on_gpu.main(["--out", str(tmp_path), "--parts", "values"])  # code that has been changed is no name
     on_gpu.main(["--out", str(tmp_path), "--parts", "alone"])

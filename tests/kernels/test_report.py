@@ -93,6 +93,46 @@ def test_a_dry_run_is_refused(device):
         report.markdown(device.parent)
 
 
+def test_the_folder_of_dry_runs_is_passed_by(device):
+    before = report.markdown(device.parent)
+    (device.parent / report.DRY_RUN).mkdir()
+    (device.parent / report.DRY_RUN / "ops.json").write_text(json.dumps({"stage": "ops", "dry_run": True, "rows": []}))
+    assert report.markdown(device.parent) == before
+
+
+def test_what_failed_is_not_called_not_measured(device):
+    ops, steps = (json.loads((device / f"{stage}.json").read_text()) for stage in ("ops", "steps"))
+    for line in ops["rows"]:
+        if (line["op"], line["D"], line["implementation"]) == ("step", 2048, "compiled"):
+            line.update(error="out of memory", median_us=None)
+        if (line["op"], line["m"], line["D"]) == ("depth", 4, 2048):
+            line.update(error="illegal")
+    steps["rows"].append({"way": "plain", "D": 4096, "error": "out of memory"})
+    for name, content in (("ops", ops), ("steps", steps)):
+        (device / f"{name}.json").write_text(json.dumps(content))
+    lines = report.markdown(device.parent).splitlines()
+    assert "| step (2, 3) | 2048 | 50 | – | 50 | – | 100 | failed | – |" in lines
+    assert "| depth (4, 8) | 2048 | failed | failed | – | – | failed | – | – |" in lines
+    assert "| 4096 | 1.5 | 1.031 (1.021 to 1.050) | – | – | – | 1.010 | 1.200 |" in lines  # by the plain ones that ran
+
+
+def test_of_which_code_the_rows_are(device):
+    for stage, commit in (("ops", "0" * 39 + "1"), ("steps", "0" * 40 + "-dirty"), ("memory", "0" * 39 + "2")):
+        content = json.loads((device / f"{stage}.json").read_text())
+        (device / f"{stage}.json").write_text(json.dumps(content | {"commit": commit}))
+    said = report.markdown(device.parent).splitlines()[0]
+    assert said == "**some-gpu** (memory, ops: of commit 0000000; steps: of commit 0000000-dirty)"
+
+
+def test_a_folder_that_is_not_there_empties_no_file(tmp_path, monkeypatch, capsys):
+    (tmp_path / "README.md").write_text(f"{report.BEGIN}\nold\n{report.END}\n")
+    arguments = ["report", "--data", str(tmp_path / "typo"), "--readme", str(tmp_path / "README.md")]
+    monkeypatch.setattr("sys.argv", arguments)
+    with pytest.raises(SystemExit, match="2"):
+        report.main()
+    assert "typo: must be a folder" in capsys.readouterr().err and "old" in (tmp_path / "README.md").read_text()
+
+
 def test_into():
     text = f"a\n{report.BEGIN}\nold\n{report.END}\nb\n"
     assert report.into(text, "new") == f"a\n{report.BEGIN}\nnew\n{report.END}\nb\n"

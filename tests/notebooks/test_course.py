@@ -65,12 +65,16 @@ def test_numbers(capsys):
         course.check(lambda got=got: got, lambda want=want: want, ())
     for got, want in ((Fraction(3, 2), 1.25), (torch.ones(1), 1.0), (math.inf, 1.0), (1.0, math.inf)):
         course.check(lambda got=got: got, lambda want=want: want, ())
+    course.check(lambda: torch.tensor([math.inf, 5.0]), lambda: torch.tensor([math.inf, 6.0]), ())
+    course.check(lambda: math.nan, lambda: math.nan, ())
     lines = [line.removeprefix("✗ case 1 of 1: ") for line in capsys.readouterr().out.splitlines()]
     assert lines == ["✓ correct in all 1 cases"] * 5 + [
         "1 of 1 entries differ; the value is 1.5, expected 1.25",
         "shape (1,), expected a single number",
         "1 of 1 entries differ; the value is inf, expected 1",
         "1 of 1 entries differ; the value is 1, expected inf",
+        "1 of 2 entries differ; entry [1] is 5, expected 6",
+        "1 of 1 entries differ; the value is nan, expected nan",
     ]
 
 

@@ -37,9 +37,11 @@ class Estimate(NamedTuple):
 
 
 def interval(values: Sequence[float], level: float = 0.95) -> Estimate:
-    """Student's t interval of the mean."""
+    """Student's t interval of the mean. Raises ValueError for a value that is not finite."""
     from scipy import stats
 
+    if not all(map(math.isfinite, values)):
+        raise ValueError(f"values = {list(values)}: must be finite numbers")
     if len(values) < 2:
         return Estimate(float(values[0]), float("nan"))
     quantile = float(stats.t.ppf(0.5 + level / 2, len(values) - 1))

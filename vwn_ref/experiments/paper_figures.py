@@ -11,6 +11,7 @@ seeds, with Student's t; curves are training losses. What is the paper's comes f
 
 from __future__ import annotations
 
+import argparse
 import math
 import statistics
 import sys
@@ -531,8 +532,10 @@ def fig_9(data: Path) -> Figure:
 FIGURES = (fig_1, fig_4_5, fig_6, fig_7, fig_9)  # Fig. 8 is plots.r_sweep
 
 
-def main() -> None:
+def main(arguments: Sequence[str] = ()) -> None:
     """Print the table of claims; run from the repository's top folder."""
+    about = {"prog": "python -m vwn_ref.experiments.paper_figures", "description": main.__doc__}
+    argparse.ArgumentParser(**about).parse_args(arguments)
     data = Path("figures/data")
     if not data.is_dir():
         sys.exit("error: no folder figures/data here: run this in the top folder of the repository")
@@ -541,4 +544,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -163,7 +163,8 @@ def price_table(runs: Runs, base: str = "plain", times: Times = None) -> str:
 
 def contrast_table(runs: Runs) -> str:
     """Markdown: `CONTRASTS` of which both models have run, by next-token and next-2-token loss; then what has not."""
-    losses = [name for name in LOSSES if all(measures(run, name) for group in runs.values() for run in group)]
+    pairs = [(*runs[c.model], *runs[c.base]) for c in CONTRASTS if c.model in runs and c.base in runs]
+    losses = [name for name in LOSSES if any(all(measures(run, name) for run in pair) for pair in pairs)]
     lines = [f"| what | | model − base | seeds | {' | '.join(LOSSES[name] for name in losses)} |"]
     lines.append("|" + "---|" * (4 + len(losses)))
     before = None
@@ -173,7 +174,10 @@ def contrast_table(runs: Runs) -> str:
             about = contrast.about if contrast.about != before else ""
             before = contrast.about
             cells = [about, contrast.what, f"{contrast.model} − {contrast.base}", str(len(common_seeds([model, base])))]
-            lines.append(f"| {' | '.join(cells + [str(paired(model, base, name)) for name in losses])} |")
+            for name in losses:  # a model without an MTP head has one loss
+                there = all(measures(run, name) for run in (*model, *base))
+                cells.append(str(paired(model, base, name)) if there else "–")
+            lines.append(f"| {' | '.join(cells)} |")
     absent = dict.fromkeys(name for c in CONTRASTS for name in (c.model, c.base) if name not in runs)
     return "\n".join(lines + ([f"\nNot run: {', '.join(absent)}."] if absent else []))
 

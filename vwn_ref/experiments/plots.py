@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -370,8 +371,9 @@ def every_figure() -> tuple[Callable[[Path], Figure], ...]:
     return (overview, r_sweep, *FIGURES, what_pays, differences, by_backbone, how_far_back, gpu)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] = ()) -> None:
     """Redraw every figure of this repository; run from its top folder. One without runs yet is passed by."""
+    argparse.ArgumentParser(prog="python -m vwn_ref.experiments.plots", description=main.__doc__).parse_args(arguments)
     figures = Path("figures")
     if not (figures / "data").is_dir():
         sys.exit("error: no folder figures/data here: run this in the top folder of the repository")
@@ -393,4 +395,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

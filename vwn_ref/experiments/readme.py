@@ -198,10 +198,10 @@ def cell(found: BySeed | None) -> str:
 
 
 def slope(runs: Runs, variants: Sequence[str], loss: str) -> BySeed | None:
-    """Least squares of the loss on log2 r, seed by seed; None without a common seed or with fewer than two r."""
-    groups = [runs[name] for name in variants if name in runs]
-    if len(groups) < 2 or not shared_seeds(runs, *(group[0].name for group in groups)):
+    """Least squares of the loss on log2 r, seed by seed; None where a variant is missing, or without a common seed."""
+    if not set(variants) <= runs.keys() or not shared_seeds(runs, *variants):
         return None
+    groups = [runs[name] for name in variants]
     seeds, losses = scaling.losses_of(groups, loss)
     fit = scaling.fit_log2(np.array([scaling.r_of(group[0]) for group in groups]), losses)
     return BySeed(dict(zip(seeds, (float(x) for x in fit.by_seed), strict=True)))
