@@ -13,7 +13,7 @@ from torch import nn
 from vwn_ref import GHC, DynamicGHC, VWNConfig, VWNTransformer
 from vwn_ref.backbone import MoE, Sublayer
 from vwn_ref.depth import record
-from vwn_ref.model import cross_entropy
+from vwn_ref.model import cross_entropy, stream
 
 SMALL = dict(vocab_size=50, dim=16, n_layers=3, n_heads=2)
 SIZES = [(1, 1), (1, 4), (2, 3), (4, 4), (4, 8), (8, 24)]
@@ -259,6 +259,7 @@ def test_losses_of_16_bit_logits_are_summed_in_float32():
         (lambda m: m.loss(torch.zeros(5, dtype=torch.long)), r"\(5,\): must be \[b, t\]"),
         (lambda m: m.loss(torch.zeros(2, 5, 3, dtype=torch.long)), r"\(2, 5, 3\): must be \[b, t\]"),
         (lambda m: m.generate(torch.zeros(2, 5, 3, dtype=torch.long), 1), r"\(2, 5, 3\): must be \[b, t\]"),
+        (lambda m: m(torch.zeros(2, 5, 3, dtype=torch.long)), r"\(2, 5, 3\): must be \[b, t\]"),
     ],
 )
 def test_bad_calls(call, match, no_shape_checks):
@@ -386,6 +387,22 @@ def test_every_part_has_its_epsilon_and_its_kernels(dynamic):
 def test_these_are_all_fields_but_two():
     no_numbers = {"kernels", "max_seq_len"}
     assert {*CHANGES, *WITH_EXPERTS} == {field.name for field in dataclasses.fields(VWNConfig)} - no_numbers
+
+
+def test_streams_of_random_numbers():
+    """Fixed by seed and name, of which each matters, and nothing else is moved on."""
+
+    def draw(seed, name):
+        with stream(seed, name):
+            return torch.randn(8).tolist()
+
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    drawn = [draw(seed, name) for seed in (1, 2, 2**62) for name in ("embedding", "backbone")]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert len({tuple(numbers) for numbers in drawn}) == 6
+    torch.manual_seed(1)
+    assert draw(1, "embedding") == drawn[0]
 
 
 @pytest.mark.parametrize("init_std", [0.02, 0.1, None])
