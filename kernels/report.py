@@ -61,6 +61,11 @@ def operation(rows: Rows, implementation: str, op: str, m: int, n: int, D: int, 
 DRY_RUN = "dry-run"  # the folder of `vwn_ref.kernels.bench --dry-run`, which measures nothing
 
 
+def devices(folder: Path) -> list[Path]:
+    """The folders of the devices that were measured, in figures/data/gpu or wherever `folder` is."""
+    return sorted(p for p in folder.glob("*") if p.is_dir() and p.name != DRY_RUN)
+
+
 def commits(folder: Path) -> str:
     """Of which code each stage's rows are, in words; nothing where no file says so."""
     found: dict[str, list[str]] = {}
@@ -260,8 +265,7 @@ def markdown(folder: Path, ops: Iterable[str] = ("width", "depth", "step")) -> s
     """The tables of every device that was measured; without one, that none was, and every target."""
     head = ["| target (H100 or H200, bfloat16) | | |", "|---|---|---|"]
     parts = []
-    devices = (p for p in folder.iterdir() if p.is_dir() and p.name != DRY_RUN) if folder.is_dir() else ()
-    for device in sorted(devices):
+    for device in devices(folder):
         rows, code = load(device), commits(device)
         lines = [
             f"**{device.name}**{f' ({code})' if code else ''}",

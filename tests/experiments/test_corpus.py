@@ -408,3 +408,9 @@ def test_what_a_killed_build_left_is_not_read(tmp_path, config):
     (half / "val.npy").unlink()
     assert load_corpus(config).digest == corpus.digest
     assert not half.exists()
+
+
+def test_the_command_tells_of_an_error_in_a_line(monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.argv", ["data", "--files", str(tmp_path / "nowhere.txt")])
+    with pytest.raises(SystemExit, match=r"error: .*nowhere"):
+        data.main()

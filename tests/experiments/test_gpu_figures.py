@@ -20,6 +20,9 @@ def closed():
 def test_without_a_device(tmp_path):
     (tmp_path / "gpu").mkdir()
     (tmp_path / "gpu" / "aot.json").write_text("{}")
+    (tmp_path / "gpu" / "dry-run").mkdir()  # of a benchmark that measured nothing
+    for stage in ("ops", "steps"):
+        (tmp_path / "gpu" / "dry-run" / f"{stage}.json").write_text(json.dumps({"stage": stage, "dry_run": True}))
     with pytest.raises(NotRun, match="no GPU has been measured"):
         gpu(tmp_path)
 

@@ -5,7 +5,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from vwn_ref.experiments import plots
+from vwn_ref.experiments import paper_figures, plots
 from vwn_ref.experiments.finished import KeptRun
 from vwn_ref.experiments.readme import DATA
 
@@ -91,6 +91,14 @@ def test_r_sweep_has_both_losses_and_the_papers_slopes(monkeypatch, tmp_path, sw
     assert said[1][2] == "the paper's, fitted to its Table 1: −0.0140"  # 0.030, 0.045, 0.058: (0.058 − 0.030) / 2
     assert said[0][:2] == said[1][:2]  # the losses differ by 1
     assert axes[1].get_lines()[-1].get_ydata()[0] == pytest.approx(axes[0].get_lines()[-1].get_ydata()[0] + 1)
+
+
+def test_help_and_unknown_options_draw_nothing(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for arguments, status in ((["--help"], "0"), (["--nonsense"], "2")):
+        for module in (plots, paper_figures):
+            with pytest.raises(SystemExit, match=status):
+                module.main(arguments)
 
 
 def test_main_wants_the_top_folder(monkeypatch, tmp_path):

@@ -17,8 +17,8 @@ D_ALONE, D_TRAINED = 2048, 4096
 def gpu(data: Path) -> Figure:
     """For each device a step alone, as a share of a copy's bandwidth, and what a VWN adds to a training step. Raises
     NotRun where no device has been measured."""
-    folders = [x for x in sorted((data / "gpu").glob("*")) if (x / "ops.json").exists() and (x / "steps.json").exists()]
-    folders = [x for x in folders if x.name != report.DRY_RUN]
+    there = report.devices(data / "gpu")
+    folders = [x for x in there if (x / "ops.json").exists() and (x / "steps.json").exists()]
     if not folders:
         raise NotRun("no GPU has been measured")
     fig, axes = plt.subplots(len(folders), 3, figsize=(9.5, 2.9 * len(folders)), squeeze=False)
