@@ -11,6 +11,7 @@ from vwn_ref.kernels.compiler import find_compiler
 sys.path.insert(0, str(Path(__file__).parent))
 
 from kept import pytest_configure  # noqa: F401
+from quick import make_quick
 
 if importlib.util.find_spec("triton") is None:  # it is made for Linux
     collect_ignore_glob = ["test_triton_*.py", "test_aot.py", "test_bench.py", "test_gpu.py", "test_tune.py"]
@@ -26,31 +27,10 @@ def pytest_collection_modifyitems(items) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_preparation_a_launch():
-    """Triton's interpreter prepares `triton.language` for a kernel, and again for every call of a function inside it.
-
-    Once for each file that they come from is enough; the rest took half of the tests' time.
-    """
-    interpreter = sys.modules.get("triton.runtime.interpreter")
-    if not hasattr(interpreter, "_patch_lang"):
-        yield
-        return
-    prepare, prepared = interpreter._patch_lang, set()
-
-    def once(function):
-        file = id(function.__globals__)
-        if file in prepared:
-            return None  # for a function inside a kernel, which does nothing with it
-        first, scope = not prepared, prepare(function)
-        prepared.add(file)
-        if first:
-            restore = scope.restore
-            scope.restore = lambda: (prepared.clear(), restore())
-        return scope
-
+def quick():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter, "_patch_lang", once)
-        yield
+        make_quick(patch)
+        yield patch
 
 
 needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler here")
