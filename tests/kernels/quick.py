@@ -15,7 +15,7 @@ import pytest
 
 
 def make_quick(patch: pytest.MonkeyPatch) -> None:
-    """Until `patch` is undone; nothing where kernels are compiled, or where the interpreter is not as this expects it."""
+    """Until `patch` is undone; nothing where kernels are compiled, or where the interpreter is not as expected here."""
     interpreter = sys.modules.get("triton.runtime.interpreter")
     if os.environ.get("TRITON_INTERPRET") == "1" and hasattr(interpreter, "_patch_lang"):
         patch.setattr(interpreter, "_patch_lang", one_preparation_a_launch(interpreter._patch_lang))

@@ -20,13 +20,13 @@ def as_it_is(quick):
     make_quick(quick)
 
 
-@pytest.mark.parametrize("m, n, dtype", [(2, 4, torch.float16), (2, 6, torch.bfloat16), (2, 18, torch.float32)], ids=str)
-def test_the_same_bits(m, n, dtype, as_it_is):
-    found = values.two_sublayers(fused, m, n, 12, (3,), dtype)
+@pytest.mark.parametrize("n, dtype", [(4, torch.float16), (6, torch.bfloat16), (18, torch.float32)], ids=str)
+def test_the_same_bits(n, dtype, as_it_is):
+    found = values.two_sublayers(fused, 2, n, 12, (3,), dtype)
     make_block = core.block_type.__init__
     as_it_is()
     assert core.block_type.__init__ is not make_block
-    wanted = values.two_sublayers(fused, m, n, 12, (3,), dtype)
+    wanted = values.two_sublayers(fused, 2, n, 12, (3,), dtype)
     assert found.keys() == wanted.keys()
     for name, exact in wanted.items():
         assert exact.dtype == found[name].dtype and torch.equal(exact, found[name]), name
