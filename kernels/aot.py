@@ -375,7 +375,15 @@ def _pair(text: str) -> tuple[int, int]:
         m, n = map(int, text.split(","))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text}: must be m,n such as 4,8") from error
+    if not 1 <= m <= n:
+        raise argparse.ArgumentTypeError(f"{text}: must be m,n with 1 ≤ m ≤ n")
     return m, n
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be an integer ≥ 1")
+    return int(text)
 
 
 def main() -> int:
@@ -383,13 +391,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m vwn_ref.kernels.aot", description=__doc__.splitlines()[0])
     parser.add_argument("--kernels", nargs="+", choices=list(KERNELS))
     parser.add_argument("--shapes", nargs="+", type=_pair, metavar="M,N")
-    parser.add_argument("--widths", nargs="+", type=int, metavar="D")
+    parser.add_argument("--widths", nargs="+", type=_positive, metavar="D")
     parser.add_argument("--dtypes", nargs="+", choices=list(TYPES))
     parser.add_argument("--targets", nargs="+", choices=list(TARGETS))
     parser.add_argument("--static", action="store_true", help="a static GHC; dynamic otherwise")
     parser.add_argument("--no-norm", action="store_true", help="no RMSNorm after width; with it otherwise")
     parser.add_argument("--covering", action="store_true", help="the part of it all that `make test` compiles")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations at a time")
+    parser.add_argument("--jobs", type=_positive, default=os.cpu_count(), help="compilations at a time")
     parser.add_argument("--out", type=Path, help="JSON file: its rows are kept, new ones added as they are made")
     asked = parser.parse_args()
     if launch.INTERPRETED:
@@ -400,6 +408,10 @@ def main() -> int:
         jobs = covering()
     elif asked.static or asked.no_norm or chosen:
         jobs = list(matrix(**chosen, dynamic=not asked.static, norm=not asked.no_norm))
+        if bad := next((job for job in jobs if job.D % job.m), None):
+            parser.error(f"--widths {bad.D}: must be a multiple of m = {bad.m}")
+        if not jobs:
+            parser.error("no kernel of these --kernels is launched for such a GHC, see `matrix`")
     else:
         jobs = everything()
     rows = read(asked.out) if asked.out else {}

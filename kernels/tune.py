@@ -28,6 +28,8 @@ from pathlib import Path
 import torch
 from vwn_ref.kernels import bench, launch
 
+from vwn_ref.config import check_widths
+
 OPERATIONS = {"group_norm": "last", "weights": "step"}  # kernel -> the operation that launches it; else its own name
 SETTABLE = ("BD", "BT", "num_warps", "num_stages", "AHEAD", "GRAM")
 REPEATS = 4
@@ -145,6 +147,13 @@ def main(arguments: list[str] | None = None) -> list[dict]:
         m, n = map(int, asked.shape.split(","))
     except ValueError:
         parser.error(f"shape {asked.shape}: must be m,n, such as 4,8")
+    if asked.tokens < 1:
+        parser.error(f"--tokens {asked.tokens}: must be ≥ 1")
+    try:
+        for D in asked.widths:
+            check_widths(D, m, n)
+    except ValueError as error:
+        parser.error(f"shape {asked.shape} with --widths {D}: {error}")
     if asked.dry_run:
         bench.interpret("vwn_ref.kernels.tune", arguments)
     elif not torch.cuda.is_available():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from fractions import Fraction
 
 import oracle
@@ -271,6 +272,7 @@ def test_ratio_to_plain():
     same = cost.ratio_to_plain(cost.plain(cfg), 4096)
     assert same == (1, 1)
     assert cost.plain(cfg).is_plain and cost.plain(cfg).dim == 2048
+    assert cost.plain(replace(cfg, n=4, reduce_norm=True)) == cost.plain(cfg)
 
 
 # ------------------------------------------------------------------------------------------- bytes
@@ -298,6 +300,7 @@ def test_kernel_traffic(m, n):
         (lambda: cost.activation_bytes(8, 2, 3, eta=-1), "eta = -1.0: must be a finite number ≥ 0"),
         (lambda: cost.activation_bytes(8, 2, 3, eta="0.5"), "eta = '0.5': must be a finite number ≥ 0"),
         (lambda: cost.activation_bytes(8, 2, 3, eta=True), "eta = True: must be a finite number ≥ 0"),
+        (lambda: cost.kernel_traffic(8, 2, 1), "n = 1: must be ≥ m = 2"),
         (lambda: cost.kernel_traffic(8, 2, 3, fusion="all"), "fusion = 'all': must be one of 'separate'"),
         (lambda: cost.model_flops(config("plain"), 0), "seq_len = 0: must be an integer ≥ 1"),
     ],

@@ -156,9 +156,15 @@ def test_run_folders(tiny, tmp_path, monkeypatch, capsys):
     assert command().err.endswith("0 runs measured, 1 have no weights\n")
     assert (tmp_path / "r2-s0" / windows.FILE).stat().st_mtime_ns == before
     assert command("--table").out == first.out
+    for tokens in (97, 112):  # 7 windows as well
+        assert command("--tokens", str(tokens)).err.endswith("0 runs measured, 1 have no weights\n")
+    assert command("--tokens", "113").err.endswith("2 runs measured, 1 have no weights\n")
+    assert [row["tokens"] for row in windows.load(tmp_path)["r2"]] == [128, 128]
+    for measured in (2, 0):  # all of the text, which is less
+        assert command("--tokens", "1000000").err.endswith(f"{measured} runs measured, 1 have no weights\n")
     weights = "weights.safetensors"
     shutil.copyfile(tmp_path / "r2-s1" / weights, tmp_path / "r2-s0" / weights)  # other weights
-    assert command("--tokens", "100").err.endswith("1 runs measured, 1 have no weights\n")
+    assert command().err.endswith("1 runs measured, 1 have no weights\n")
     command("--again", "--tokens", "50")
     assert json.loads((tmp_path / "r2-s0" / windows.FILE).read_text())["tokens"] == 64
     with pytest.raises(SystemExit, match="tokens = 0: must be ≥ 1"):

@@ -175,3 +175,23 @@ def test_interpreted_kernels_are_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         aot.main()
     assert "TRITON_INTERPRET is set" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("--shapes 4", "4: must be m,n such as 4,8"),
+        ("--shapes 2,3 3,2", "3,2: must be m,n with 1 ≤ m ≤ n"),
+        ("--shapes 0,3", "0,3: must be m,n with 1 ≤ m ≤ n"),
+        ("--widths 512 0", "0: must be an integer ≥ 1"),
+        ("--jobs -1", "-1: must be an integer ≥ 1"),
+        ("--shapes 2,3 --widths 512 7", "--widths 7: must be a multiple of m = 2"),
+        ("--shapes 2,3 --kernels group_norm", "no kernel of these --kernels is launched for such a GHC"),
+    ],
+)
+def test_bad_arguments(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(aot.launch, "INTERPRETED", False)
+    monkeypatch.setattr(sys, "argv", ["aot", *arguments.split()])
+    with pytest.raises(SystemExit, match="2"):
+        aot.main()
+    assert message in capsys.readouterr().err

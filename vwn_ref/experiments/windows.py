@@ -24,6 +24,7 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import tyro
 from torch import Tensor
@@ -46,10 +47,11 @@ from vwn_ref.experiments.data import load_corpus
 from vwn_ref.experiments.finished import load_runs
 from vwn_ref.experiments.run import read_json
 from vwn_ref.experiments.storage import file_digest, write_text
-from vwn_ref.experiments.train import load_run, val_starts, windows
+from vwn_ref.experiments.train import TrainConfig, load_run, val_starts, windows
 
 FILE = "windows.json"
 FRACTIONS = (0.1, 0.5)
+TOKENS = 4096
 
 
 def mean(table: Tensor, over: int) -> list:
@@ -75,12 +77,17 @@ def measure(recording: Recording) -> dict:
     }
 
 
+def places(config: TrainConfig, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """A run's validation text, and the starts of windows with `tokens` tokens of it."""
+    text = load_corpus(config.data).val
+    return text, val_starts(text, dataclasses.replace(config, val_tokens=tokens))
+
+
 def measure_run(folder: Path, tokens: int) -> dict:
     """`measure` of a run, on `tokens` tokens or a window more of its validation text, spread over all of it; on all of
     it where it has fewer."""
     model, _, config = load_run(folder)
-    text = load_corpus(config.data).val
-    starts = val_starts(text, dataclasses.replace(config, val_tokens=tokens))
+    text, starts = places(config, tokens)
     with torch.no_grad():
         found = measure(record(model, torch.from_numpy(windows(text, starts, config.seq_len))[:, :-1]))
     weights = file_digest(folder / "weights.safetensors")
@@ -88,12 +95,19 @@ def measure_run(folder: Path, tokens: int) -> dict:
     return {"weights": weights, "tokens": tokens, "m": config.model.m, "n": config.model.n, **found}
 
 
-def is_done(folder: Path) -> bool:
-    """Whether the weights that a run has now have been measured."""
+def is_done(folder: Path, tokens: int | None) -> bool:
+    """Whether the weights that a run has now have been measured, on as many tokens where a number is given."""
     try:
-        return read_json(folder / FILE)["weights"] == file_digest(folder / "weights.safetensors")
+        row = read_json(folder / FILE)
+        if row["weights"] != file_digest(folder / "weights.safetensors"):
+            return False
+        measured_on = row["tokens"]
     except (FileNotFoundError, CheckpointError, KeyError, TypeError):
         return False
+    if tokens is None:
+        return True
+    config = load_run(folder)[2]
+    return measured_on == len(places(config, tokens)[1]) * config.seq_len
 
 
 def checked(path: Path, row: object) -> dict:
@@ -159,24 +173,24 @@ class WindowsConfig:
 
     folder: tyro.conf.Positional[str]
     """Folder of runs named <variant>-s<seed>, with their weights."""
-    tokens: int = 4096
-    """Tokens of validation text."""
+    tokens: int | None = None
+    """Tokens of validation text. Not given: 4096, and what was measured on another number stays."""
     again: bool = False
-    """Also of runs whose weights have been measured."""
+    """Also of runs whose weights have been measured, on as many tokens."""
     table: bool = False
     """Measure nothing: print what has been measured."""
 
 
 def execute(config: WindowsConfig) -> None:
     """Measure what is missing, unless only the table is wanted, and print it. Raises ValueError."""
-    if config.tokens < 1:
+    if config.tokens is not None and config.tokens < 1:
         raise ValueError(f"tokens = {config.tokens}: must be ≥ 1")
     if not config.table:
         folders = [path.parent for path in sorted(Path(config.folder).glob("*/summary.json"))]
         missing = [f for f in folders if not (f / "weights.safetensors").exists()]
-        todo = [f for f in folders if f not in missing and (config.again or not is_done(f))]
+        todo = [f for f in folders if f not in missing and (config.again or not is_done(f, config.tokens))]
         for folder in todo:
-            write_text(folder / FILE, json.dumps(measure_run(folder, config.tokens)) + "\n")
+            write_text(folder / FILE, json.dumps(measure_run(folder, config.tokens or TOKENS)) + "\n")
             note(f"{folder.name}: measured")
         note(f"{len(todo)} runs measured, {len(missing)} have no weights")
     print(table(config.folder))
