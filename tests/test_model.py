@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from vwn_ref import GHC, DynamicGHC, VWNConfig, VWNTransformer
 from vwn_ref.backbone import MoE, Sublayer
@@ -188,6 +189,22 @@ def test_built_without_memory_and_then_filled():
     empty = empty.to_empty(device="cpu")
     empty.load_state_dict(model.state_dict())
     assert torch.equal(empty(tokens), model(tokens))
+
+
+@pytest.mark.parametrize("n_experts", [0, 3])
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def test_built_and_trained_with_shapes_alone(kernels, n_experts):
+    """In a FakeTensorMode, as tools that estimate memory use it."""
+    cfg = VWNConfig(**SMALL, m=2, n=4, n_experts=n_experts, mtp_layers=1, ngram_buckets=7, kernels=kernels)
+    with FakeTensorMode():
+        model = VWNTransformer(cfg)
+        loss = model.loss(torch.randint(0, 50, (3, 9))).total
+        loss.backward()
+        assert isinstance(loss, FakeTensor) and loss.shape == ()
+        assert all(isinstance(p.grad, FakeTensor) and p.grad.shape == p.shape for p in model.parameters())
+        assert model(torch.randint(0, 50, (3, 0))).shape == (3, 0, 50)
+    sizes = {name: p.shape for name, p in VWNTransformer(cfg).named_parameters()}
+    assert {name: p.shape for name, p in model.named_parameters()} == sizes
 
 
 @pytest.mark.parametrize("kernels, n_experts", [("reference", 0), ("auto", 0), ("auto", 3)])

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from vwn_ref.config import VWNConfig, check_choice
 
@@ -29,6 +30,13 @@ def rotate(x: Float[Tensor, "*b t d"], theta: float) -> Float[Tensor, "*b t d"]:
 def at_least_float32(x: Tensor) -> Tensor:
     """x, widened where it has 16 bits: softmaxes and losses need the precision."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether the values of x may be looked at: not while torch.compile or torch.export traces, nor in a transform of
+    torch.func, nor those of a tensor on the meta device or of a FakeTensorMode, which has none."""
+    traced = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+    return not (traced or x.is_meta or isinstance(x, FakeTensor))
 
 
 class Attention(nn.Module):
@@ -87,8 +95,7 @@ class MoE(nn.Module):
         P = scores.softmax(dim=-1).sum(dim=0) / max(flat.shape[0], 1)  # `len` would fix it in an export
         self.balance_loss = self.n_experts * (share * P).sum()
         y = torch.zeros_like(flat)
-        # compiled, under vmap and on the meta device no shape may depend on the data: every expert sees every token
-        fixed = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None or x.is_meta
+        fixed = not has_values(x)  # then no shape may depend on the data: every expert sees every token
         for e in range(self.n_experts):
             if fixed:
                 gain = torch.where(chosen == e, weight, 0).sum(dim=-1, keepdim=True)

@@ -16,6 +16,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from vwn_ref.backbone import has_values
 from vwn_ref.config import check_float, check_int, check_widths
 
 # Odd 63-bit multipliers: a bucket is a sum of token · multiplier, reduced mod the number of buckets.
@@ -121,9 +122,7 @@ class OverWidthEmbedding(nn.Module):
         if tokens.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"tokens have dtype {tokens.dtype}: must be torch.int64 or torch.int32")
         # On a GPU the check would wait for the device; there an id out of range stops the kernel itself.
-        if torch.compiler.is_compiling() or tokens.device.type != "cpu" or not tokens.numel():
-            return
-        if torch._C._functorch.peek_interpreter_stack() is not None:  # torch.func: vmap lets no value be looked at
+        if tokens.device.type != "cpu" or not tokens.numel() or not has_values(tokens):
             return
         low, high = (int(v) for v in tokens.aminmax())
         if low < 0 or high >= self.vocab_size:

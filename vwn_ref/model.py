@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from vwn_ref.backbone import MoE, at_least_float32, sublayers, unembedding
 from vwn_ref.config import VWNConfig, check_float, check_int
@@ -51,7 +52,8 @@ class VWNTransformer(nn.Module):
     def __init__(self, cfg: VWNConfig) -> None:
         super().__init__()
         self.cfg = cfg
-        seed = int(torch.randint(2**62, (), device="cpu"))  # the device is given for models built elsewhere
+        with unset_fake_temporarily():  # a FakeTensorMode draws nothing
+            seed = int(torch.randint(2**62, (), device="cpu"))  # the device is given for models built elsewhere
         with stream(seed, "embedding"):
             m, n = (1, 1) if cfg.m is None or cfg.n is None else (cfg.m, cfg.n)
             self.embedding = OverWidthEmbedding(
