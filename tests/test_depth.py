@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from vwn_ref import depth
+from vwn_ref.backbone import Residual
 from vwn_ref.config import VWNConfig
 from vwn_ref.dynamic import DynamicGHC
 from vwn_ref.ghc import GHC, initial_B
@@ -69,6 +70,31 @@ def test_a_plain_model_is_recorded_as_the_ghc_it_is():
         ((2, 3, 1, 2), (2, 3, 1, 1))
     ] * 2
     assert all(M.eq(1).all() for M in (*recording.A, *recording.B))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cls", [GHC, DynamicGHC, Residual])
+def test_states_of_one_token_and_of_three_axes(cls):
+    """Each token has the numbers that it has alone, however many axes the tokens have."""
+    if cls is Residual:
+        _, layers, _ = stack(GHC, 1, 1)
+        connections, H = [Residual()] * 5, torch.randn(2, 3, 4, 1, 3, dtype=DOUBLE)
+    else:
+        connections, layers, H = stack(cls, 2, 3, lead=(2, 3, 4))
+
+    def numbers(H):
+        recording = depth.trace(connections, layers, H)
+        size, parts = depth.strength(depth.depth_maps(recording.A, recording.B)), depth.contributions(recording)
+        shares = depth.contributions(recording, share=True)
+        return size, parts, shares, depth.effective_window(parts, 0.5), depth.unrolled_state(recording, 5)
+
+    whole, alone = numbers(H), numbers(H[1, 2, 3])
+    for *tables, state in (whole, alone):
+        assert [t.shape[:2] for t in tables[:3]] == [(5, 5)] * 3 and tables[3].shape[0] == 5
+        assert state.shape == (H if tables[0].ndim > 2 else H[1, 2, 3]).shape
+    for several, one in zip(whole[:4], alone[:4], strict=True):
+        torch.testing.assert_close(several[..., 1, 2, 3], one.expand_as(several[..., 1, 2, 3]))
+    torch.testing.assert_close(whole[4][1, 2, 3], alone[4])
 
 
 def test_maps_of_one_layer():
