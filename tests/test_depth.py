@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -255,6 +256,14 @@ def test_spectral_radius():
     assert depth.spectral_radius(torch.tensor([[0.5, 100.0], [0.0, -0.7]])).item() == pytest.approx(0.7)
     many = torch.randn(4, 5, 3, 3)
     assert depth.spectral_radius(many).shape == (4, 5)
+    for i, j in itertools.product(range(4), range(5)):  # Gelfand: ‖Âᵏ‖^(1/k) → ρ, by squaring a matrix of size 1
+        power, log_size = many[i, j].double(), 0.0
+        for k in range(40):
+            size = power.norm()
+            log_size += size.log().item() / 2**k
+            power = (power / size) @ (power / size)
+        found = depth.spectral_radius(many.double())[i, j].item()
+        assert found == pytest.approx(math.exp(log_size), rel=1e-10)
     assert depth.spectral_radius(many.bfloat16()).dtype == torch.float32
     ruined = many.clone()
     ruined[1, 2, 0, 1], ruined[3, 4, 1, 1] = float("nan"), float("inf")
@@ -386,6 +395,28 @@ def test_effective_window_of_a_soft_window():
     assert depth.effective_window(table).tolist() == [0, 1, 2, 3, 4, 4, 4, 4, 4, 4]
 
 
+@pytest.mark.parametrize("lead", [(), (4,), (2, 3)])
+def test_effective_window_by_loops(lead):
+    """Of tables with entries of both signs, as shares are, each token by itself."""
+    L, table = 6, torch.randn(6, 6, *lead, dtype=DOUBLE) ** 3
+    table[4, 1:] = 0  # of a layer that reads no earlier one
+
+    def by_loop(token, fraction):
+        found = []
+        for l in range(1, L + 1):  # noqa: E741
+            row = [abs(token[l - 1][s]) for s in range(1, l)]
+            found.append(max((l - s for s in range(1, l) if 0 < row[s - 1] >= fraction * max(row)), default=0))
+        return found
+
+    for fraction in (0.1, 0.5, 1.0):
+        window = depth.effective_window(table, fraction).reshape(L, -1)
+        tokens = table.reshape(L, L, -1).movedim(-1, 0).tolist()
+        assert window.T.tolist() == [by_loop(token, fraction) for token in tokens]
+    assert torch.equal(depth.effective_window(table), depth.effective_window(table, 0.1))
+    row = torch.tensor([[1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0], [1.0, 0.105, 1.0, 1.0], [1.0, 0.095, 1.0, 1.0]])
+    assert depth.effective_window(row).tolist() == [0, 1, 2, 2]
+
+
 def test_effective_window_of_no_numbers():
     with pytest.raises(ValueError, match="table holds NaN"):
         depth.effective_window(torch.tensor([[1.0, 0.0], [float("nan"), 1.0]]))
@@ -407,6 +438,7 @@ def test_effective_window_per_token_and_of_contributions():
     [
         ({"m": 3, "n": 2}, "n = 2: must be ≥ m = 3"),
         ({"m": 0, "n": 2}, "m = 0: must be an integer ≥ 1"),
+        ({"m": 1, "n": 2.0}, "n = 2.0: must be an integer ≥ 1"),
         ({"m": 1, "n": 2, "keep": "half"}, "keep = 'half': must be one of 'whole', 'compressed'"),
         ({"m": 2, "n": 2, "compress": torch.ones(2)}, "compress is given: must be None"),
         ({"m": 2, "n": 3, "read": torch.ones(3, 5)}, "read has shape (3, 5): must be (3, 2)"),
