@@ -11,6 +11,7 @@ from torch import nn
 
 from vwn_ref import depth, family
 from vwn_ref.dynamic import DynamicGHC
+from vwn_ref.ops import select
 
 DOUBLE = torch.float64
 D, LEAD = 6, (2, 5)
@@ -362,3 +363,38 @@ def test_what_is_taken_where_nothing_is_said():
         h = randn(*lead, D)
         H = family.first_slot(h, 3)
         assert H.shape == (*lead, 3, D) and torch.equal(H[..., 0, :], h) and not H[..., 1:, :].any()
+
+
+WEIGHTS = {
+    "static_alpha": torch.eye(3, 4), "static_beta": torch.ones(3), "norm.gamma": torch.zeros(D),
+    "dynamic_alpha_fn": torch.zeros(D, 4), "dynamic_beta_fn": torch.zeros(D),
+    "dynamic_alpha_scale": torch.tensor(0.01), "dynamic_beta_scale": torch.tensor(0.01),
+}  # fmt: skip
+MEMBERS = {
+    "with_matrices": lambda **given: family.with_matrices(D, torch.eye(3, 4), torch.ones(1, 3), **given),
+    "residual": lambda **given: family.residual(D, **given),
+    "hyper_connections": lambda **given: family.hyper_connections(D, 3, **given),
+    "static hyper_connections": lambda **given: family.hyper_connections(D, 3, dynamic=False, **given),
+    "load_hyper_connections": lambda **given: family.load_hyper_connections(WEIGHTS, **given),
+    "frac_connections": lambda **given: family.frac_connections(D, 2, **given),
+    "static frac_connections": lambda **given: family.frac_connections(D, 2, dynamic=False, **given),
+    "altup": lambda **given: family.altup(D, torch.eye(3), torch.ones(3), 1, **given),
+    "dense": lambda **given: family.dense(D, [torch.ones(1), torch.ones(2)], **given)[-1],
+    "manifold_constrained": lambda **given: family.manifold_constrained(D, *torch.eye(5, 3)[:2], torch.eye(3), **given),
+}
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_the_kernels_that_are_asked_for(name):
+    """And matrices that depend on the token only where they are to."""
+    assert MEMBERS[name]().kernels == "auto"
+    for kernels in ("reference", "cpu"):
+        ghc = MEMBERS[name](kernels=kernels)
+        assert ghc.kernels == kernels and ghc.ops == select(kernels)
+    dynamic = name in ("hyper_connections", "load_hyper_connections", "frac_connections")
+    assert isinstance(ghc, DynamicGHC) == dynamic
+
+
+def test_a_layer_before_the_first_is_refused():
+    with pytest.raises(ValueError, match="layer = -1: must be an integer ≥ 0"):
+        family.hyper_connections(D, 3, layer=-1)
