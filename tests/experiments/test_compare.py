@@ -5,7 +5,7 @@ import json
 import pytest
 
 from vwn_ref.experiments.checkpoint import CheckpointError
-from vwn_ref.experiments.compare import holm, interval, paired, table
+from vwn_ref.experiments.compare import Estimate, holm, interval, paired, table
 from vwn_ref.experiments.finished import keep, load_runs
 from vwn_ref.experiments.paper_figures import contrast
 from vwn_ref.experiments.scaling import losses_of
@@ -30,6 +30,13 @@ def test_interval_of_known_numbers():
     with pytest.raises(ValueError, match=r"values = \[1\.0, nan\]: must be finite"):
         interval([1.0, float("nan")])
     assert estimate.mean == 2.0 and estimate.half_width == pytest.approx(2.484138, abs=1e-6)
+    two = interval([1.0, 3.0])  # t(0.975, 1) = 12.706205; s = √2
+    assert two.mean == 2.0 and two.half_width == pytest.approx(12.706205, abs=1e-6)
+    assert interval([1.0, 3.0], level=0.5).half_width == pytest.approx(1.0)  # t(0.75, 1) = 1
+    assert not Estimate(2.0, 2.0).told_apart and not Estimate(-2.0, 2.0).told_apart  # 0 is an end of the interval
+    assert Estimate(-2.0, 1.9).told_apart
+    with pytest.raises(ValueError, match=r"values = \[\]: must be one number or more"):
+        interval([])
 
 
 def test_holm():
@@ -37,6 +44,8 @@ def test_holm():
     assert holm([0.03, 0.012, 0.9, 0.016]) == [False, True, False, True]
     assert holm([0.013, 0.013, 0.013, 0.013]) == [False] * 4  # the first fails, so do all
     assert holm([0.04]) == [True] and holm([]) == []
+    assert holm([0.05]) == [True] and holm([0.025, 0.05]) == [True, True]  # at the level itself they hold
+    assert holm([0.03, 0.01], level=0.02) == [False, True]
 
 
 def test_pairs_by_seed_not_by_order(tmp_path):

@@ -37,9 +37,11 @@ class Estimate(NamedTuple):
 
 
 def interval(values: Sequence[float], level: float = 0.95) -> Estimate:
-    """Student's t interval of the mean. Raises ValueError for a value that is not finite."""
+    """Student's t interval of the mean. Raises ValueError for no values, and for one that is not finite."""
     from scipy import stats
 
+    if not len(values):
+        raise ValueError("values = []: must be one number or more")
     if not all(map(math.isfinite, values)):
         raise ValueError(f"values = {list(values)}: must be finite numbers")
     if len(values) < 2:
