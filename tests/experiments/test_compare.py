@@ -134,6 +134,19 @@ def test_other_windows_are_not_paired_and_cost_no_table(tmp_path, field):
     assert lines["| r2"].endswith("| -0.5000 (no interval) |")
 
 
+def test_no_seed_in_common_costs_no_table_and_the_base_comes_first(tmp_path):
+    for name, seed, loss in (("a", 0, 1.0), ("plain", 0, 3.0), ("plain", 1, 3.5), ("z", 2, 2.0), ("r2", 1, 2.5)):
+        write(tmp_path, name, seed, loss)
+    runs = load_runs(tmp_path)
+    with pytest.raises(ValueError, match="z and plain: must have a seed in common"):
+        paired(runs["z"], runs["plain"])
+    rows = [line.strip("| ").split(" | ") for line in table(tmp_path).splitlines()[2:]]
+    assert [row[0] for row in rows] == ["plain", "a", "r2", "z"]
+    assert [row[-1] for row in rows[1:]] == ["-2.0000 (no interval)", "-1.0000 (no interval)", "no seed in common"]
+    names = [line.split(" | ")[0] for line in table(tmp_path, "r2").splitlines()[2:]]
+    assert names == ["| r2", "| a", "| plain", "| z"]
+
+
 def test_no_next2_loss_without_a_head(tmp_path):
     """The summary of such a run says 0, which is no loss."""
     for name, layers in (("plain", 1), ("bare", 0)):

@@ -11,7 +11,7 @@ from scipy import stats
 from vwn_ref.experiments import paper, scaling
 from vwn_ref.experiments.compare import interval
 from vwn_ref.experiments.finished import common_seeds, load_runs
-from vwn_ref.experiments.scaling import fit_log2, log_ratios, smoother, token_efficiency
+from vwn_ref.experiments.scaling import fine_grid, fit_log2, log_ratios, smoother, token_efficiency
 
 R = [1.0, 2.0, 4.0, 8.0]
 TOKENS = np.arange(50, 3001, 50) * 1024.0  # as a run of 3,000 steps logs them
@@ -35,6 +35,20 @@ def test_an_exact_line():
     assert (fit.slope, fit.intercept, fit.r_squared) == pytest.approx((-0.05, 3.0, 1.0), abs=1e-12)
     assert fit.at(16) == pytest.approx(2.8, abs=1e-12)
     assert fit.over_points.half_width == pytest.approx(0, abs=1e-12) and np.isnan(fit.over_seeds.half_width)
+
+
+def test_losses_that_are_all_the_same():
+    """No spread to explain: R² is no number."""
+    fit = fit_log2([1, 2, 4], [3.0, 3.0, 3.0])
+    assert fit.slope == 0 and fit.intercept == 3.0 and np.isnan(fit.r_squared)
+
+
+def test_a_grid_ends_where_the_curve_does():
+    for tokens in ([1000.0, 7919.0, 100_003.0], [3.0, 3.1]):
+        grid = fine_grid(np.array(tokens))
+        assert (grid[0], grid[-1]) == (tokens[0], tokens[-1]) and (np.diff(grid) > 0).all()
+        assert np.diff(np.log2(grid)).max() <= 1 / 50
+    assert len(fine_grid(np.array([1.0, 4.0]))) == 101
 
 
 def test_slopes_by_hand():
@@ -90,6 +104,8 @@ def test_coverage_of_slopes():
         ([1, 2], [1.0, float("nan")], "losses: must hold finite numbers, has nan"),
         ([1, 2], [[1.0, 2.0], [1.0]], "losses: must be an array of numbers"),
         ([1, 2], np.zeros((0, 2)), r"losses have shape \(0, 2\)"),
+        ([1, 2], np.zeros((3, 2, 4)), r"losses have shape \(3, 2, 4\)"),
+        ([[1, 2], [3, 4]], [1.0, 2.0], r"r = \[\[1, 2\], \[3, 4\]\]: must be two or more numbers > 0"),
     ],
 )
 def test_bad_fits(r, losses, message):

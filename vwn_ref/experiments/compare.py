@@ -93,6 +93,8 @@ def paired(runs: Sequence[KeptRun], base: Sequence[KeptRun], name: str = "val_ne
 
 def paired_or_why(runs: Sequence[KeptRun], base: Sequence[KeptRun], name: str = "val_next") -> str:
     """`paired` for a table's cell, which says so where the two cannot be compared."""
+    if not {run.seed for run in runs} & {run.seed for run in base}:
+        return "no seed in common"
     try:
         return str(paired(runs, base, name))
     except NotPaired as reason:

@@ -153,9 +153,7 @@ def smoother(tokens: Float[ndarray, " points"], grid: Float[ndarray, " grid"], w
 def fine_grid(tokens: Float[ndarray, " points"], per_doubling: int = 50) -> Float[ndarray, " grid"]:
     """Token counts from the first to the last, evenly spaced in their logarithm; the ends are exact."""
     doublings = float(np.log2(tokens[-1] / tokens[0]))
-    grid = np.geomspace(tokens[0], tokens[-1], 1 + max(1, int(np.ceil(per_doubling * doublings))))
-    grid[0], grid[-1] = tokens[0], tokens[-1]
-    return grid
+    return np.geomspace(tokens[0], tokens[-1], 1 + max(1, int(np.ceil(per_doubling * doublings))))
 
 
 def log_tokens_to_reach(curve: Smoother, losses: Float[ndarray, "seeds points"], targets: ndarray) -> ndarray:
