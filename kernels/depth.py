@@ -117,9 +117,9 @@ def depth_kernel(
 #
 #     E_α  = H′ Gᵀ          [n, n]     ∂L/∂Â, from G = ∂L/∂out
 #     E_β  = G Zᵀ           [n, m]     ∂L/∂Bᵀ
-#     e    = E ∘ S ∘ (1 − tanh²)       ∂L/∂q, of both
+#     e    = rstd · E ∘ S ∘ (1 − tanh²)        rstd · ∂L/∂q, of both
 #     g_z  = B G            [m, d_b]
-#     g_H′ = Â G + rstd (e_α V_αᵀ + e_β V_βᵀ) − H′ · rstd² Σ_k(e ∘ q) / d_b
+#     g_H′ = Â G + e_α V_αᵀ + e_β V_βᵀ − H′ · rstd Σ_k(e ∘ q) / d_b        V is [d_b, K] here
 
 
 @triton.jit
@@ -135,7 +135,7 @@ def depth_backward_block(
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, NP: tl.constexpr, BT: tl.constexpr,
     BD: tl.constexpr, MANY: tl.constexpr, PREC: tl.constexpr, DYNAMIC: tl.constexpr,
 ):  # fmt: skip
-    """g_H′, g_z and rstd · e of the tokens `t`; the four sums, of E and E ∘ tanh, of Â and of Bᵀ, with theirs added.
+    """g_H′, g_z and e of the tokens `t`; the four sums, of E and E ∘ tanh, of Â and of Bᵀ, with theirs added.
 
     G and G_H may be one tensor. More than 16 slots (FEW is False): matrices and sums do not fit the registers together.
     Sums are then added to `own` memory, Â waits behind them, e where it is stored anyway, and the last pass takes both

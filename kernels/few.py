@@ -1,10 +1,10 @@
 """`width`, `depth` and `step` for few slots: the formulas of width.py, depth.py and step.py with no walks along d_b.
 
-A token's rows fit the registers of one warp for each 512 columns: (2, 3) at D = 1024 has 48 numbers of state a thread.
-So they come from memory once and are mixed where they are; where registers are short, the cache is asked again. `step`
-hands the new state on to the next width, and in the backward pass its gradient to the depth before, with no memory in
-between. What is left to do are the multiply-and-adds of the formulas, sums over d_b, loads and stores; NOTES.md counts
-the instructions. For which shapes all this is, `whole_rows` in launch.py says.
+A token's rows fit the registers of one warp for each 512 columns (with 4 slots some take 256): (2, 3) at D = 1024 has
+48 numbers of state a thread. So they come from memory once and are mixed where they are; where registers are short, the
+cache is asked again. `step` hands the new state on to the next width, and in the backward pass its gradient to the
+depth before, with no memory in between. What is left to do are the multiply-and-adds of the formulas, sums over d_b,
+loads and stores; NOTES.md counts the instructions. For which shapes all this is, `whole_rows` in launch.py says.
 
 A program takes every so-many-th token, as many as there are programs, one at a time. Backward, where few warps are on
 a multiprocessor, it reaches for the rows of its next token while it works on one (AHEAD).
@@ -162,7 +162,8 @@ def read_backward(
     NORM: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """∂L/∂h, n rows, from g = ∂L/∂x or ∂L/∂y, m rows; with ADD, plus the rows at G_add. e goes into memory at E, ∂L/∂γ
-    is added to norm_sums; the sums of ∂L/∂Å and ∂L/∂Å ∘ tanh come back with this token's added. Formulas: width.py."""
+    is added to norm_sums; the sums of ∂L/∂Å (E in width.py, sum_E here) and ∂L/∂Å ∘ tanh come back with this token's
+    added. Formulas: width.py."""
     C, tanh_q, q, rstd = coefficients(h, V, static, scale, eps, M, D, BD, P, DYNAMIC)
     a = unpack(C, P)
     if NORM:

@@ -6,8 +6,8 @@
 
 A depth has K = n + m columns, those of Â and Bᵀ, and a width m, those of Å; g_V may be of both, n + 2m. A and S_α
 belong to both: the columns that are the other's become 0 here, and autograd adds the two up. Sums run over P or S in
-the same order every time. P is some hundreds to two thousand, an element's sums far apart: a program has few elements,
-so that many programs wait for memory at the same time.
+the same order every time. P is some hundreds to eight thousand, an element's sums far apart: a program has few
+elements, so that many programs wait for memory at the same time.
 As PyTorch operations this was some twenty small kernels for a depth.
 """
 

@@ -22,7 +22,7 @@ from vwn_ref.kernels.operation import check_shape, transformed
 from vwn_ref import dynamic, ghc
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MOST_SLOTS = 64  # n × n coefficients of a token stay in registers
+MOST_SLOTS = 64  # as many as were tested: a token's n × n coefficients want registers, or memory to park them in
 
 
 class Parameters(NamedTuple):

@@ -46,7 +46,8 @@ class Tile(NamedTuple):
 
 
 def is_many(n: int) -> bool:
-    """Whether sums over slots go to the tensor cores: see `vwn_ref.kernels.tiles`."""
+    """More than 4 slots: whether the sums over slots of the kernels that walk go to the tensor cores, see
+    `vwn_ref.kernels.tiles`. (Those of many.py do for fewer, too.)"""
     return n > 4
 
 
@@ -94,7 +95,8 @@ def many_registers(kernel: str, n: int, d: int, target: str) -> int:
 
 def few_registers(kernel: str, m: int, n: int, warps: int, bits: int, target: str) -> int:
     """The same for few.py. At (1, 4), D = 1024, step_backward has no more than 168 by itself: to say so lets twelve
-    warps share the tokens, with which it was 13 % faster."""
+    warps share the tokens. (Another form of it, of which as many ran at once, was 13 % faster; as it is launched it has
+    not been timed.)"""
     timed = not INTERPRETED and target == TUNED and bits == 16
     return 168 if timed and kernel == "few_step_backward_kernel" and (m, n, warps) == (1, 4, 4) else 0
 
@@ -312,6 +314,9 @@ def projections_gradient_sizes(m: int, n: int) -> dict:
     return {"KP": KP, "BD": BD, "BS": max(1, 4096 // (KP * BD)), "enable_fp_fusion": False}
 
 
+# Multiply-and-add as one instruction, said at every launch, since Triton means to change its default: without it there
+# are up to a third more instructions. What `sizes` says itself goes before. aot.py compiles so by the environment.
+FUSED = {"enable_fp_fusion": True}
 PROJECTIONS = {"BD": 128, "num_warps": 4}  # of `projections_kernel`: columns of d_b that a program takes
 
 
@@ -341,8 +346,9 @@ class Launch:
 
     def programs(self, name: str) -> int:
         """How many programs share the tokens (those of a group, where a program has one), and leave a partial sum each,
-        in a backward pass; no more than tokens. (One that gets none leaves zeros.) Eight warps are all that fit a
-        multiprocessor with 255 registers a thread, twelve with 168; those of last.py take half of 255."""
+        in a backward pass; no more than tokens. (Where a block has several tokens some get none, and leave zeros.)
+        Eight warps are all that fit a multiprocessor with 255 registers a thread, twelve with 168; those of last.py
+        take half of 255."""
         most = self.sizes(name).get("maxnreg", 128 if name == "group_norm_backward" else 255)
         return self._share(name, 2048 // most)
 
@@ -360,8 +366,8 @@ class Launch:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
 
     def start(self, name: str, *arguments, **more) -> None:
-        """Run one program a block of tokens, or as many as share them, a token or a block at a time. For an absent
-        tensor another stands in, which no kernel touches."""
+        """Run one program for each block of tokens, or `programs` of them that share the tokens. For an absent tensor
+        another stands in, which no kernel touches."""
         if not self.T:
             return
         kernel, chosen = self.kernel(name), self.sizes(name)
@@ -377,7 +383,7 @@ class Launch:
         if "R" not in chosen:
             more["DYNAMIC"] = self.dynamic
         with self.on_device():
-            kernel[(count * chosen.get("R", 1),)](*arguments, **chosen, **more)
+            kernel[(count * chosen.get("R", 1),)](*arguments, **(FUSED | chosen), **more)
 
     def projections(self, name: str, depth: tuple = (), width: tuple = ()) -> Tensor | None:
         """V of projections.py for that kernel, from (W_alpha, W_beta, gain) of a depth, (W_alpha, gain) of a width, or
@@ -390,7 +396,7 @@ class Launch:
         arguments = (*(depth or (V, V, V)), *(width or (V, V)), V)
         with self.on_device():
             projections_kernel[(triton.cdiv(self.d, PROJECTIONS["BD"]),)](
-                *arguments, M=self.m, N=self.n, D=self.d, DEPTH=bool(depth), WIDTH=bool(width), **PROJECTIONS,
+                *arguments, M=self.m, N=self.n, D=self.d, DEPTH=bool(depth), WIDTH=bool(width), **FUSED, **PROJECTIONS,
             )  # fmt: skip
         return V
 
@@ -412,7 +418,7 @@ class Launch:
         found, chosen = torch.empty_like(like), self.norm_sizes(name)
         with self.on_device():
             norm_gradient_kernel[(triton.cdiv(self.m * chosen["BD"], chosen["BC"]),)](
-                partial, len(partial), found, **chosen
+                partial, len(partial), found, **FUSED, **chosen
             )
         return found
 
@@ -423,7 +429,8 @@ class Launch:
     def partial(self, name: str, columns: int) -> Tensor:
         """Room for the sums that each program of that kernel leaves (of many.py: for each token of its tile),
         [P, 2, n, columns]. It is zeros for kernels that add to it: those of many.py, and with more than 16 slots the
-        walks that have a depth in them. These keep their sums of Â behind it, see `vwn_ref.kernels.depth`."""
+        walks that have a depth in them. Behind it these park Â of the tokens they are at, see `vwn_ref.kernels.depth`.
+        """
         size = own = 2 * self.n * columns
         chosen = self.sizes(name)
         if "BT" in chosen and columns > self.m:
@@ -448,7 +455,7 @@ class Launch:
             with self.on_device():
                 coefficients_gradient_kernel[(triton.cdiv(A.numel(), blocks["BE"]), 2 if self.dynamic else 1)](
                     sums, sums.stride(0), len(sums), *(found[0] if t is None else t for t in found), M=self.m, N=self.n,
-                    DEPTH=B is not None, **blocks,
+                    DEPTH=B is not None, **FUSED, **blocks,
                 )  # fmt: skip
         return found
 
@@ -461,7 +468,7 @@ class Launch:
         partial = torch.empty((splits, d, read + write), dtype=torch.float32, device=self.device)
         with self.on_device():
             weights_kernel[(triton.cdiv(d, constants["BD"]), splits)](
-                H, *(H if E is None else E for E in (E_read, E_write)), partial, rows, **constants
+                H, *(H if E is None else E for E in (E_read, E_write)), partial, rows, **FUSED, **constants
             )  # fmt: skip
         return partial
 

@@ -10,8 +10,8 @@ autograd carries it. Besides x, `width` returns the *link*, a tensor of the shap
 NaN, expanded). `depth` takes it as an argument and does nothing with it, but as its gradient it returns e. Who calls
 `depth` without a link, or with one that wants no gradient, gets all gradients from `depth` itself.
 
-Two consequences. A link belongs to the state H′ and the parameters that it was made with. And what flows back through
-`depth` alone also goes through the graph of that `width`, which one backward pass through both frees as usual.
+Two consequences. A link belongs to the state H′ and the parameters that it was made with. And a backward
+pass through `depth` alone also runs, and frees, the graph of that `width`.
 
 For eager mode. Under torch.compile and torch.export an operation is a custom operator without a link, and where a
 derivative is to be differentiated again, the reference is differentiated.

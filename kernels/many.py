@@ -66,8 +66,8 @@ def store_rows(pointer, X, c, left, R: tl.constexpr, D: tl.constexpr, RP: tl.con
 
 @triton.jit
 def add_rows(pointer, X, c, R: tl.constexpr, D: tl.constexpr, RP: tl.constexpr, PER: tl.constexpr):
-    """Add the rows of all tokens to a contiguous [R, D], in memory that no other program touches: the same sum every
-    time, atomic only so that nothing waits for it."""
+    """Add the rows of all tokens to a contiguous [R, D], in memory that no other program touches. Each place is one
+    thread's, so the sum is the same every time; atomic only so that nothing waits for it."""
     if PER > 1:
         X = tl.sum(tl.reshape(X, (PER, RP // PER, X.shape[1])), axis=0)
     offsets, inside = place(c, 1, R, D, RP // PER, 1)
@@ -188,7 +188,7 @@ def token_sum(x, PER: tl.constexpr):
 
 @triton.jit
 def quick_tanh(x):
-    """To 2e-7, not relatively, and 0 of 0: a third of the instructions that `tiles.tanh` takes."""
+    """Off by 2e-7 at most, absolute, and exactly 0 at 0: a third of the instructions that `tiles.tanh` takes."""
     return 1.0 - tl.fdiv(2.0, 1.0 + tl.exp2(x * 2.8853900817779268))  # 2 / ln 2
 
 

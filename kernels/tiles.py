@@ -1,6 +1,7 @@
 """What the kernels that walk along d_b are made of: rows in, rows out, and the five small products of a GHC.
 
-Notation, as in `vwn_ref.ghc` and `vwn_ref.dynamic`. One program works on BT tokens and walks along d_b in steps of BD.
+Notation, as in `vwn_ref.ghc` and `vwn_ref.dynamic`; but a kernel's D is d_b (in last.py alone it is D). One program
+works on BT tokens and walks along d_b in steps of BD.
 
     tile of rows   X [BT, RP, BD]   BT tokens, R rows of each, BD of the d_b columns; float32 in registers
     matrix         C [BT, IP, KP]   one matrix a token, whole, in registers
@@ -15,7 +16,8 @@ long. Long ones go to the tensor cores (`tl.dot`). Of the short ones, `mix`, `un
 by n (`MANY` is True from n = 5 on):
 
     few slots    multiply and add, element by element. A tensor core would fill its 16 × 8 tile with padding: for
-                 (2, 3), 9 of 128 products would count, and the two fp32 operations a byte that it takes are few.
+                 (2, 3), the 9 of Â among 128 products would count, and the two fp32 operations a byte that it takes
+                 are few.
     many slots   tensor cores. (8, 64) has some 36 flops a byte of float32, too many for multiply-and-add: an H100 is
                  bound by memory up to about 20. And element by element every thread holds all n (m+n) coefficients, in
                  the backward pass their gradients too: for (4, 8) 192 of the 255 registers there are.

@@ -39,12 +39,12 @@ def kernel_bytes(
     """What our kernels are written to move through memory: the minimum, and what they store and read besides.
 
     Backward there are e, the gradients of the coefficients, [n, m] of width and [n, n+m] of depth, in float32, or with
-    more than 8 slots in as many bytes as a state (true of bfloat16), written by one kernel and read by `weights_kernel`
-    together with H′. step leaves its own depth's to the step before, and does what the next one left to it. It reads
-    the new state too, unless it makes it again (`mixes_again`), and where its backward is two kernels (not
-    `one_kernel`) the gradient between them is stored and read. last is a depth and a GroupNorm: the state between them
-    is stored and read, backward as well, where it is made again, and so is its gradient. A second read that should come
-    from the cache is not counted.
+    more than 8 slots in as many bytes as a state (true of bfloat16, and even n and m), written by one kernel and read
+    by `weights_kernel` together with H′. step leaves its own depth's to the step before, and does what the next one
+    left to it. It reads the new state too, unless it makes it again (`mixes_again`), and where its backward is two
+    kernels (not `one_kernel`) the gradient between them is stored and read. last is a depth and a GroupNorm: the state
+    between them is stored and read, backward as well, where it is made again, and so is its gradient. A second read
+    that should come from the cache is not counted.
     """
     slots, e = minimal_slots(op, direction, m, n), 0
     if direction == "forward":

@@ -6,7 +6,7 @@
     y = x / rms(x) ∘ γ             [m, d_b]   where a norm follows
 
 Reads n rows of d_b a token, writes m. Âᵀ H′ is not computed here: `depth` makes it from H′ again, which costs n rows of
-reading there, where storing it here would cost n rows of writing here besides.
+reading there; storing it would cost n rows written here and n read there.
 
 Along d_b there are two passes over H′ (three with the norm): the coefficients must be there before anything can be
 mixed. Only the first comes from memory; BT tokens are few enough to be in the cache still at the second. Where a
@@ -99,9 +99,9 @@ def width_kernel(
 # ----------------------------------------------------------------------------------------------------- backward
 #
 #     E    = H′ g_xᵀ                                ∂L/∂Å, [n, m]; the static part of A gets Σ E, S_α gets Σ E ∘ tanh
-#     e    = E ∘ S_α ∘ (1 − tanh²)                  ∂L/∂q
-#     g_H′ = Å g_x + rstd (e Vᵀ) − H′ · rstd² Σ_k(e ∘ q) / d_b       mixing, projection, RMSNorm of the slot
-#     g_V  = Σ H′ᵀ (rstd · e)                       over tokens and slots; see weights.py
+#     e    = rstd · E ∘ S_α ∘ (1 − tanh²)           rstd · ∂L/∂q, with rstd = 1 / rms of the slot
+#     g_H′ = Å g_x + e Vᵀ − H′ · rstd Σ_k(e ∘ q) / d_b               mixing, projection, RMSNorm of the slot
+#     g_V  = Σ H′ᵀ e                                over tokens and slots; see weights.py. V is [d_b, K] here
 #
 # With the norm, x̂ = x / rms(x) and g_x = (γ ∘ g_y − x̂ · mean(x̂ ∘ γ ∘ g_y)) / rms(x). That mean needs all of x before
 # g_x is known anywhere, but E is linear in g_x: E = (H′ (γ ∘ g_y)ᵀ − c · H′ xᵀ) / rms(x), and both products can be
@@ -115,7 +115,7 @@ def width_backward_block(
     BD: tl.constexpr, MANY: tl.constexpr, PREC: tl.constexpr, DYNAMIC: tl.constexpr, NORM: tl.constexpr,
     ADD: tl.constexpr,
 ):  # fmt: skip
-    """g_H′ (plus G_add, what else flows into H′) and rstd · e of the tokens `t` -> Σ E, Σ E ∘ tanh, [NP, MP]."""
+    """g_H′ (plus G_add, what else flows into H′) and e of the tokens `t` -> Σ E, Σ E ∘ tanh, [NP, MP]."""
     C, tanh_q, p, rstd, scale = read_matrix(
         H, t, T, V, A, S_alpha, eps, M, N, D, MP, NP, BT, BD, PREC, DYNAMIC
     )  # fmt: skip

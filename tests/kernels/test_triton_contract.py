@@ -11,12 +11,13 @@ import textwrap
 
 import helpers
 import pytest
+import test_triton_values as values
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
-from vwn_ref.kernels import cpu, fused
+from vwn_ref.kernels import cpu, fused, launch
 
 from vwn_ref import GHC, DynamicGHC, ops, stack
 from vwn_ref.config import VWNConfig
@@ -417,3 +418,31 @@ def test_a_state_of_another_shape_is_refused_by_a_stack(no_shape_checks):
 def test_empty_shapes_are_named(H, B, message):
     with pytest.raises(ValueError, match=message):
         fused.width(H.to(DEVICE), torch.zeros(3, 5, device=DEVICE), B.to(DEVICE))
+
+
+@pytest.mark.skipif(not launch.INTERPRETED, reason="what a launch is given is looked at in the interpreter")
+def test_every_launch_says_whether_products_are_fused(monkeypatch):
+    """Triton's default is about to change. Not fused: walks for few slots, and `projections_gradient`, alone."""
+    from triton.runtime import interpreter
+
+    said = {}
+    run = interpreter.InterpretedFunction.run
+
+    def recording(self, *arguments, grid, warmup, **options):
+        said.setdefault(self.__name__, set()).add(options.get("enable_fp_fusion"))
+        return run(self, *arguments, grid=grid, warmup=warmup, **options)
+
+    monkeypatch.setattr(interpreter.InterpretedFunction, "run", recording)
+    for shape, dtype in (((2, 4), torch.float32), ((2, 6), torch.bfloat16), ((2, 6), torch.float32)):
+        values.two_sublayers(fused, *shape, 8, (2,), dtype)
+    walks = ("width", "depth", "step", "width_backward", "depth_backward", "step_backward")
+    assert {f"few_{name}_kernel" for name in ("width", "step", "depth_backward")} < set(said)
+    assert {f"many_{name}_kernel" for name in ("width", "step", "depth_backward")} < set(said)
+    assert {"width_kernel", "weights_kernel", "projections_kernel", "norm_gradient_kernel"} < set(said)
+    assert said.pop("projections_gradient_kernel") == {False}
+    assert set().union(*said.values()) == {True}, said
+    monkeypatch.setattr(launch, "whole_rows", lambda *_, **__: 0)
+    said.clear()
+    values.two_sublayers(fused, 2, 4, 8, (2,), torch.float32)
+    assert {said[f"{name}_kernel"] == {False} for name in walks if f"{name}_kernel" in said} == {True}
+    assert said["weights_kernel"] == {True}
