@@ -409,7 +409,7 @@ def main() -> int:
     elif asked.static or asked.no_norm or chosen:
         jobs = list(matrix(**chosen, dynamic=not asked.static, norm=not asked.no_norm))
         if bad := next((job for job in jobs if job.D % job.m), None):
-            parser.error(f"--widths {bad.D}: must be a multiple of m = {bad.m}")
+            parser.error(f"D = {bad.D}: must be a multiple of m = {bad.m}; choose --widths")
         if not jobs:
             parser.error("no kernel of these --kernels is launched for such a GHC, see `matrix`")
     else:

@@ -150,7 +150,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     if asked.tokens < 1:
         parser.error(f"--tokens {asked.tokens}: must be ≥ 1")
     try:
-        for D in asked.widths:
+        for D in [8 * max(m, 1)] if asked.dry_run else asked.widths:
             check_widths(D, m, n)
     except ValueError as error:
         parser.error(f"shape {asked.shape} with --widths {D}: {error}")

@@ -225,6 +225,18 @@ def test_gradients_by_sample(kernels, n_experts, no_shape_checks):
 
 
 @pytest.mark.parametrize("n_experts", [0, 3])
+def test_compiled_for_an_unknown_number_of_sequences(n_experts, no_shape_checks):
+    """Where it depends on data, no size may be asked for: of the embedding, of a plain model, of experts."""
+    model, wide = build(n_experts=n_experts), build(m=2, n=3, ngram_buckets=7).embedding
+    tokens = torch.randint(0, 50, (3, 5))
+    for module in (model, wide):
+        unknown = tokens.clone()
+        torch._dynamo.decorators.mark_unbacked(unknown, 0)
+        found = torch.compile(module, fullgraph=True, backend="eager")(unknown)
+        torch.testing.assert_close(found, module(tokens))
+
+
+@pytest.mark.parametrize("n_experts", [0, 3])
 def test_exported_for_any_number_of_tokens(n_experts, no_shape_checks):
     model = randomise(build(m=2, n=3, n_experts=n_experts)).eval()
     sizes = {0: torch.export.Dim("b", min=1, max=64), 1: torch.export.Dim("t", min=2, max=32)}

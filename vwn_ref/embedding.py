@@ -122,7 +122,7 @@ class OverWidthEmbedding(nn.Module):
         if tokens.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"tokens have dtype {tokens.dtype}: must be torch.int64 or torch.int32")
         # On a GPU the check would wait for the device; there an id out of range stops the kernel itself.
-        if tokens.device.type != "cpu" or not tokens.numel() or not has_values(tokens):
+        if not has_values(tokens) or tokens.device.type != "cpu" or not tokens.numel():  # traced, a size may be unknown
             return
         low, high = (int(v) for v in tokens.aminmax())
         if low < 0 or high >= self.vocab_size:

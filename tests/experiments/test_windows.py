@@ -120,7 +120,7 @@ def test_picture(tmp_path):
     path.write_text(json.dumps(whole | {"tokens": 10}))
     with pytest.raises(ValueError, match=r"must be measured on the same tokens, not 9, 10 \(--again\)"):
         windows.load(tmp_path / "f_depth")
-    for broken in ([], {}, whole | {"state": []}, {"share": whole["share"]}):
+    for broken in ([], {}, whole | {"state": []}, {"share": whole["share"]}, whole | {"tokens": "9"}):
         path.write_text(json.dumps(broken))
         with pytest.raises((CheckpointError, TypeError), match=r"windows\.json is damaged|row"):
             windows.load(tmp_path / "f_depth")
@@ -160,6 +160,9 @@ def test_run_folders(tiny, tmp_path, monkeypatch, capsys):
         assert command("--tokens", str(tokens)).err.endswith("0 runs measured, 1 have no weights\n")
     assert command("--tokens", "113").err.endswith("2 runs measured, 1 have no weights\n")
     assert [row["tokens"] for row in windows.load(tmp_path)["r2"]] == [128, 128]
+    with monkeypatch.context() as patch:  # what has been measured wants no text
+        patch.setattr(windows, "load_corpus", None)
+        assert command("--tokens", "120").err.endswith("0 runs measured, 1 have no weights\n")
     for measured in (2, 0):  # all of the text, which is less
         assert command("--tokens", "1000000").err.endswith(f"{measured} runs measured, 1 have no weights\n")
     weights = "weights.safetensors"

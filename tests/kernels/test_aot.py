@@ -185,7 +185,7 @@ def test_interpreted_kernels_are_refused(monkeypatch, capsys):
         ("--shapes 0,3", "0,3: must be m,n with 1 ≤ m ≤ n"),
         ("--widths 512 0", "0: must be an integer ≥ 1"),
         ("--jobs -1", "-1: must be an integer ≥ 1"),
-        ("--shapes 2,3 --widths 512 7", "--widths 7: must be a multiple of m = 2"),
+        ("--shapes 2,3 --widths 512 7", "D = 7: must be a multiple of m = 2; choose --widths"),
         ("--shapes 2,3 --kernels group_norm", "no kernel of these --kernels is launched for such a GHC"),
     ],
 )

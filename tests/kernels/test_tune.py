@@ -88,9 +88,10 @@ def test_the_median_is_of_that_kernel(monkeypatch):
     "arguments, message",
     [
         (["step", "4", "--dry-run"], "shape 4: must be m,n, such as 4,8"),
-        (["step", "3,2", "--dry-run", "--widths", "9"], "shape 3,2 with --widths 9: n = 2: must be ≥ m = 3"),
+        (["step", "3,2", "--widths", "9"], "shape 3,2 with --widths 9: n = 2: must be ≥ m = 3"),
         (["step", "0,2", "--dry-run"], "m = 0: must be an integer ≥ 1"),
-        (["step", "2,3", "--widths", "64", "7", "--dry-run"], "with --widths 7: m = 2: must divide dim = 7"),
+        (["step", "3,2", "--dry-run"], "n = 2: must be ≥ m = 3"),
+        (["step", "2,3", "--widths", "64", "7"], "with --widths 7: m = 2: must divide dim = 7"),
         (["step", "2,3", "--tokens", "0", "--dry-run"], "--tokens 0: must be ≥ 1"),
         (["step", "2,3", "--set", "M=3", "--dry-run"], "--set M: must be of num_warps, maxnreg for few_step"),
         (["step", "2,3", "--set", "BD=16", "--dry-run"], "--set BD: must be of num_warps, maxnreg for few_step"),

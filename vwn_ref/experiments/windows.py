@@ -45,7 +45,7 @@ from vwn_ref.experiments.compare import interval
 from vwn_ref.experiments.console import note, told
 from vwn_ref.experiments.data import load_corpus
 from vwn_ref.experiments.finished import load_runs
-from vwn_ref.experiments.run import read_json
+from vwn_ref.experiments.run import read_config, read_json
 from vwn_ref.experiments.storage import file_digest, write_text
 from vwn_ref.experiments.train import TrainConfig, load_run, val_starts, windows
 
@@ -106,14 +106,16 @@ def is_done(folder: Path, tokens: int | None) -> bool:
         return False
     if tokens is None:
         return True
-    config = load_run(folder)[2]
-    return measured_on == len(places(config, tokens)[1]) * config.seq_len
+    config = TrainConfig.from_dict(read_config(folder))
+    if measured_on == math.ceil(tokens / config.seq_len) * config.seq_len:
+        return True
+    return measured_on == len(places(config, tokens)[1]) * config.seq_len  # all of a text that has fewer
 
 
 def checked(path: Path, row: object) -> dict:
     """`row`, what `path` holds. Raises CheckpointError where that is nothing that `measure` gives."""
     try:
-        last_reads(row), [r[1] for r in row["radius"]], row["state"][-1], row["tokens"]
+        last_reads(row), [r[1] for r in row["radius"]], row["state"][-1], range(row["tokens"])
         [row["back"][name][str(x)][-1] for name in ("strength", "contributions") for x in FRACTIONS]
     except (LookupError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}") from error
@@ -174,7 +176,7 @@ class WindowsConfig:
     folder: tyro.conf.Positional[str]
     """Folder of runs named <variant>-s<seed>, with their weights."""
     tokens: int | None = None
-    """Tokens of validation text. Not given: 4096, and what was measured on another number stays."""
+    """Tokens of validation text. Not given: 4096 of what is measured now; what has been measured stays."""
     again: bool = False
     """Also of runs whose weights have been measured, on as many tokens."""
     table: bool = False
