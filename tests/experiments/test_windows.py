@@ -160,6 +160,11 @@ def test_run_folders(tiny, tmp_path, monkeypatch, capsys):
         assert command("--tokens", str(tokens)).err.endswith("0 runs measured, 1 have no weights\n")
     assert command("--tokens", "113").err.endswith("2 runs measured, 1 have no weights\n")
     assert [row["tokens"] for row in windows.load(tmp_path)["r2"]] == [128, 128]
+    kept = (tmp_path / "r2-s0" / "config.json").read_text()
+    (tmp_path / "r2-s0" / "config.json").write_text(json.dumps(json.loads(kept) | {"unknown": 1}))
+    with pytest.raises(SystemExit, match=r"config\.json is damaged, or of another version"):
+        command("--tokens", "113")
+    (tmp_path / "r2-s0" / "config.json").write_text(kept)
     with monkeypatch.context() as patch:  # what has been measured wants no text
         patch.setattr(windows, "load_corpus", None)
         assert command("--tokens", "120").err.endswith("0 runs measured, 1 have no weights\n")

@@ -473,17 +473,21 @@ def summarise(config, corpus: Corpus, world: World, model: nn.Module, log: list[
 # ------------------------------------------------------------------------------------------------- kept runs
 
 
+def load_config(folder: Path) -> TrainConfig:
+    """The config of a run. Raises FileNotFoundError where there is no run, CheckpointError for a damaged file."""
+    try:
+        return TrainConfig.from_dict(read_config(folder))
+    except (KeyError, TypeError) as error:  # a field too few or too many
+        raise CheckpointError(f"{folder / 'config.json'} is damaged, or of another version: {error!r}") from error
+
+
 def load_run(folder: str | Path) -> tuple[VWNTransformer, Tokenizer, TrainConfig]:
     """Model (on the CPU, in eval mode), tokenizer and config of a run, finished or not.
 
     Raises FileNotFoundError where there is no run, or no checkpoint yet, CheckpointError for a damaged file.
     """
     folder = Path(folder).expanduser()
-    kept = read_config(folder)
-    try:
-        config = TrainConfig.from_dict(kept)
-    except (KeyError, TypeError) as error:  # a field too few or too many
-        raise CheckpointError(f"{folder / 'config.json'} is damaged, or of another version: {error!r}") from error
+    config = load_config(folder)
     path = folder / "weights.safetensors"
     if path.exists():
         tensors, _ = checkpoint.load(path)

@@ -45,9 +45,9 @@ from vwn_ref.experiments.compare import interval
 from vwn_ref.experiments.console import note, told
 from vwn_ref.experiments.data import load_corpus
 from vwn_ref.experiments.finished import load_runs
-from vwn_ref.experiments.run import read_config, read_json
+from vwn_ref.experiments.run import read_json
 from vwn_ref.experiments.storage import file_digest, write_text
-from vwn_ref.experiments.train import TrainConfig, load_run, val_starts, windows
+from vwn_ref.experiments.train import TrainConfig, load_config, load_run, val_starts, windows
 
 FILE = "windows.json"
 FRACTIONS = (0.1, 0.5)
@@ -106,7 +106,7 @@ def is_done(folder: Path, tokens: int | None) -> bool:
         return False
     if tokens is None:
         return True
-    config = TrainConfig.from_dict(read_config(folder))
+    config = load_config(folder)
     if measured_on == math.ceil(tokens / config.seq_len) * config.seq_len:
         return True
     return measured_on == len(places(config, tokens)[1]) * config.seq_len  # all of a text that has fewer
